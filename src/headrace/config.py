@@ -1,0 +1,75 @@
+"""The engine's configuration: one frozen level, every field documented."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything the engine can be told. Names follow vLLM's where it has one.
+
+    Args:
+        model: directory, hub id, or ``None`` for the embedded model.
+        tokenizer: directory or hub id of another tokenizer; the model's own by default.
+        revision: branch, tag or commit of a hub id.
+        download_dir: where hub files are cached; huggingface_hub's default if ``None``.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: "auto" (the checkpoint's, or what the device computes fast), "float32",
+            "bfloat16" or "float16".
+        reference: fp32, one token at a time: results do not depend on what shares the batch.
+        max_model_len: context limit in tokens; the model's own, cut to the memory, if ``None``.
+        max_num_seqs: sequences in one step at most.
+        max_num_batched_tokens: inputs in one step at most; the device's default if ``None``.
+        max_num_waiting: length of the queue; more requests are refused.
+        block_size: slots of a KV page.
+        kv_cache_memory_bytes: size of the KV arena; overrides ``memory_utilization``.
+        memory_utilization: share of the memory that is free after loading the weights.
+        enable_prefix_caching: keep and share the pages of equal prefixes.
+        scheduling_policy: "fcfs" or "priority".
+        seed: base of the seeds of requests that name none; drawn at random if ``None``.
+        num_threads: threads of tensor operations; all cores the process may use if ``None``.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    download_dir: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    reference: bool = False
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    max_num_waiting: int = 1024
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    memory_utilization: float = 0.5
+    enable_prefix_caching: bool = True
+    scheduling_policy: str = "fcfs"
+    seed: int | None = None
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "block_size", "max_num_waiting"):
+            self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in (
+            "max_model_len",
+            "max_num_batched_tokens",
+            "kv_cache_memory_bytes",
+            "num_threads",
+        ):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "must be at least 1")
+        self._check("memory_utilization", 0 < self.memory_utilization <= 1, "must be in (0, 1]")
+        dtypes = ("auto", "float32", "bfloat16", "float16")
+        self._check("dtype", self.dtype in dtypes, f"must be one of {', '.join(dtypes)}")
+        if self.reference:
+            ok = self.dtype in ("auto", "float32")
+            self._check("dtype", ok, "reference mode computes in float32")
+
+    def _check(self, field: str, ok: bool, message: str) -> None:
+        if not ok:
+            raise ConfigurationError(f"{field}: {message}, got {getattr(self, field)!r}")

@@ -1,0 +1,1 @@
+"""The torch-free ground floor: interfaces and plain data that the rooms share."""

@@ -1,0 +1,132 @@
+"""A step of the engine: the plan that goes to a runner and the result that comes back.
+
+There is no prefill or decode kind. A row feeds pending inputs at explicit positions, says what
+it wants of them, and may score or sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NewType
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.contracts.outputs import TokenLogprobs
+from headrace.contracts.sampling import SamplingParams
+
+Ticket = NewType("Ticket", int)
+
+
+@dataclass(slots=True)
+class SampleState:
+    """What sampling needs to know of one sequence; the engine owns and updates it.
+
+    Args:
+        params: the request's parameters.
+        prompt_token_ids: shared with the request, never changed.
+        output_token_ids: the tokens generated so far; its length numbers the next draw.
+        seed: 64 bits that, with the draw's number, determine every random choice.
+        end_token_ids: tokens that end the sequence.
+    """
+
+    params: SamplingParams
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    seed: int
+    end_token_ids: tuple[int, ...] = ()
+
+    @property
+    def banned_token_ids(self) -> tuple[int, ...]:
+        """Tokens that may not be sampled now: end tokens below ``min_tokens``."""
+        below = len(self.output_token_ids) < self.params.min_tokens
+        return self.end_token_ids if below else ()
+
+
+@dataclass(slots=True)
+class PlanRow:
+    """What one sequence feeds in this step.
+
+    Args:
+        sequence: the sequence's number.
+        table_row: its row in the page tables.
+        input_ids: token ids to feed, in order.
+        positions: one position per input (RoPE); slots may differ from positions later.
+        slot: the first KV slot that is written; inputs take consecutive slots.
+        samples: one entry per token to draw from the last input's logits; several when the
+            sequence forks here; empty when the inputs end before the known tokens do.
+        score_ids: tokens whose log-probability is wanted, the i-th given inputs ``[0..i]``.
+        score_top: alternatives to report for each scored token.
+    """
+
+    sequence: int
+    table_row: int
+    input_ids: Sequence[int]
+    positions: range
+    slot: int
+    samples: Sequence[SampleState] = ()
+    score_ids: Sequence[int] = ()
+    score_top: int = 0
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step: rows, and the page work that must precede them.
+
+    Args:
+        copies: (source, target) pages, for copy-on-write.
+        blank: pages to zero: they will be partly filled, and stale bytes (another request's
+            NaN) must not leak into padded reads.
+    """
+
+    rows: list[PlanRow] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    blank: list[int] = field(default_factory=list)
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens fed by all rows."""
+        return sum(len(row.input_ids) for row in self.rows)
+
+
+@dataclass(slots=True)
+class RowResult:
+    """What one plan row produced. ``tokens[i]`` answers ``samples[i]``.
+
+    ``error`` says that this row alone failed; its tokens are then meaningless.
+    """
+
+    tokens: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs | None] = ()
+    scores: Sequence[TokenLogprobs] = ()
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class StepResult:
+    """Results in the order of the plan's rows, and where the time went (seconds)."""
+
+    rows: list[RowResult]
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+PageTables = npt.NDArray[np.int32]
+"""``[groups, rows, pages]``: persistent, updated in place by the engine, read by the runner."""
+
+
+class Runner(ABC):
+    """Executes step plans."""
+
+    @abstractmethod
+    def submit(self, plan: StepPlan, tables: PageTables) -> Ticket:
+        """Begin a step. The plan and the tables' rows in it stay unchanged until collected."""
+
+    @abstractmethod
+    def collect(self, ticket: Ticket) -> StepResult:
+        """Wait for a step's result. Raises whatever the execution raised."""
+
+    def close(self) -> None:
+        """Give back threads and memory."""
+        return None

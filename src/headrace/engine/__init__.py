@@ -1,0 +1,1 @@
+"""The torch-free engine: sequences, scheduling, page accounting, prefix tree, clock."""

@@ -1,0 +1,344 @@
+"""The engine: requests in, steps, updates out. It knows no tensor and no tokenizer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+
+from headrace.contracts.clock import Clock
+from headrace.contracts.outputs import FinishReason, SequenceUpdate, TokenLogprobs
+from headrace.contracts.profile import EXACT, Profile
+from headrace.contracts.sampling import SamplingParams
+from headrace.contracts.stats import EngineStats
+from headrace.contracts.step import RowResult, Runner, SampleState, StepPlan, StepResult
+from headrace.contracts.text import TextStreamFactory
+from headrace.engine.scheduler import Scheduler
+from headrace.engine.sequence import Request, Sequence, Status
+from headrace.errors import InvalidRequestError, OverloadedError
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What requests are checked against.
+
+    Args:
+        max_model_len: prompt and output tokens of one sequence at most.
+        max_num_waiting: requests in the queue at most.
+        vocab_size: token ids are below it.
+        eos_token_ids: tokens that end a sequence unless ``ignore_eos``.
+    """
+
+    max_model_len: int
+    max_num_waiting: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Engine:
+    """Continuous batching over a runner. Not thread-safe: one thread owns it.
+
+    Args:
+        scheduler: plans steps and holds the page accounting.
+        runner: executes them.
+        clock: real or virtual time.
+        limits: what requests are checked against.
+        text: makes the detokenizer of a sequence; ``None`` for token ids only.
+        seed: base for requests that name no seed.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        clock: Clock,
+        limits: EngineLimits,
+        text: TextStreamFactory | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.clock = clock
+        self.limits = limits
+        self.timings: dict[str, float] = {}
+        self._text = text
+        self._random = random.Random(seed)
+        self._requests: dict[str, Request] = {}
+        self._sequences: dict[int, Sequence] = {}
+        self._next_number = 0
+        self._ready: list[SequenceUpdate] = []
+        self._stats = EngineStats(pages_total=scheduler.accounting.pool.num_pages)
+        self._counts = dict.fromkeys(
+            ("prompt_tokens", "generation_tokens", "steps", "aborted", "failed"), 0
+        )
+
+    # -- requests ---------------------------------------------------------------------------
+
+    def check_request(self, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> int:
+        """The number of tokens the request may generate.
+
+        Raises:
+            InvalidRequestError: the prompt is empty or too long, ``max_tokens`` does not fit
+                behind it, or a token id is beyond the vocabulary.
+        """
+        length, context = len(prompt_token_ids), self.limits.max_model_len
+        if length == 0:
+            raise InvalidRequestError("prompt", "is empty; give at least one token")
+        vocab = self.limits.vocab_size
+        if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= vocab:
+            raise InvalidRequestError("prompt", f"token ids must be in [0, {vocab})")
+        for field, ids in (
+            ("stop_token_ids", params.stop_ids),
+            ("logit_bias", tuple(params.logit_bias or ())),
+        ):
+            if any(not 0 <= token < vocab for token in ids):
+                raise InvalidRequestError(field, f"token ids must be in [0, {vocab})")
+        room = context - length
+        if room < 0 or (room == 0 and params.max_tokens != 0):
+            raise InvalidRequestError(
+                "prompt", f"has {length} tokens; the context holds {context}, output included"
+            )
+        if params.max_tokens is None:
+            return room
+        if params.max_tokens > room:
+            raise InvalidRequestError(
+                "max_tokens",
+                f"{params.max_tokens} tokens do not fit: the context holds {context} and the "
+                f"prompt takes {length}; ask for at most {room}",
+            )
+        return params.max_tokens
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        profile: Profile = EXACT,
+    ) -> None:
+        """Queue a request; its updates come from later steps.
+
+        Raises:
+            InvalidRequestError: see ``check_request``; or the id is in use.
+            OverloadedError: the queue is full.
+        """
+        if request_id in self._requests:
+            raise InvalidRequestError("request_id", f"{request_id!r} is already running")
+        max_tokens = self.check_request(prompt_token_ids, params)
+        if self.queue_is_full:
+            raise OverloadedError(
+                f"{len(self.scheduler.waiting)} requests are waiting already; try again later"
+            )
+        request = Request(
+            request_id, prompt_token_ids, params, max_tokens, priority, profile, self.clock.now()
+        )
+        seed = params.seed if params.seed is not None else self._random.getrandbits(64)
+        ends = params.stop_ids + (() if params.ignore_eos else self.limits.eos_token_ids)
+        for index in range(params.n):
+            state = SampleState(
+                params, prompt_token_ids, [], (seed + index * _GOLDEN) & _MASK, ends
+            )
+            text = self._text(params) if self._text else None
+            sequence = Sequence(self._next_number, request, index, state, text)
+            self._next_number += 1
+            request.sequences.append(sequence)
+            self._sequences[sequence.number] = sequence
+        self._requests[request_id] = request
+        self._counts["prompt_tokens"] += len(prompt_token_ids)
+        if max_tokens == 0 and not request.num_unscored:
+            for sequence in list(request.sequences):
+                self._finish(sequence, self._update(sequence, []), "length")
+        else:
+            self.scheduler.waiting.add(request.sequences[0])
+
+    @property
+    def queue_is_full(self) -> bool:
+        """Whether ``add_request`` would refuse for want of room in the queue."""
+        return len(self.scheduler.waiting) >= self.limits.max_num_waiting
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether a step could still produce updates."""
+        return bool(self._requests or self._ready)
+
+    def abort_request(self, request_id: str) -> bool:
+        """End a request now; its pages are free when this returns. False when it is unknown."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._counts["aborted"] += 1
+        self._end_request(request, "abort", None)
+        return True
+
+    # -- steps ------------------------------------------------------------------------------
+
+    def step(self) -> list[SequenceUpdate]:
+        """Plan and execute one step; return what it added to sequences."""
+        started = self.clock.now()
+        plan = self.scheduler.plan(started)
+        planned = self.clock.now()
+        if plan.rows:
+            try:
+                ticket = self.runner.submit(plan, self.scheduler.accounting.tables)
+                result = self.runner.collect(ticket)
+            except Exception as error:
+                self._fail_rows(plan, f"{type(error).__name__}: {error}")
+            else:
+                self._commit_timed(plan, result, planned - started)
+        updates, self._ready = self._ready, []
+        return updates
+
+    def _commit_timed(self, plan: StepPlan, result: StepResult, planning: float) -> None:
+        started = self.clock.now()
+        self._counts["steps"] += 1
+        for row, outcome in zip(plan.rows, result.rows, strict=True):
+            sequence = self._sequences.get(row.sequence)
+            if sequence is None:
+                continue
+            if outcome.error is not None:
+                self._counts["failed"] += 1
+                self._end_request(sequence.request, "error", outcome.error)
+            else:
+                self._commit_row(sequence, len(row.input_ids), outcome)
+        self.timings = {
+            **result.timings,
+            "plan": planning,
+            "commit": self.clock.now() - started,
+        }
+
+    def _commit_row(self, sequence: Sequence, count: int, outcome: RowResult) -> None:
+        """Advance one sequence by what its row fed and produced."""
+        request = sequence.request
+        if outcome.scores:
+            scored = request.prompt_logprobs
+            assert scored is not None
+            scored.extend(outcome.scores[len(scored) - sequence.num_fed - 1 :])
+        sequence.num_fed += count
+        sequence.num_slots += count
+        sequence.next_position += count
+        self.scheduler.accounting.seal(sequence)
+        if outcome.tokens:
+            parting = len(outcome.tokens) > 1
+            takers = list(request.sequences) if parting else [sequence]
+            if parting:
+                self._fork(sequence, takers[1:])
+            for taker, token, logprobs in zip(
+                takers, outcome.tokens, outcome.logprobs, strict=True
+            ):
+                self._append_token(taker, token, logprobs)
+        elif request.max_tokens == 0 and sequence.num_pending == 0:
+            for each in list(request.sequences):
+                self._finish(each, self._update(each, []), "length")
+
+    def _fork(self, parent: Sequence, children: list[Sequence]) -> None:
+        """Start the siblings on the parent's pages; without a free row they wait instead."""
+        for child in children:
+            if self.scheduler.accounting.num_free_rows:
+                self.scheduler.accounting.fork(parent, child)
+                self.scheduler.start(child)
+            else:
+                child.status = Status.WAITING
+                self.scheduler.waiting.add(child)
+
+    def _append_token(
+        self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None
+    ) -> None:
+        request, state = sequence.request, sequence.state
+        if request.metrics.first_token_time is None:
+            request.metrics.first_token_time = self.clock.now()
+        sequence.token_ids.append(token)
+        state.output_token_ids.append(token)
+        self._counts["generation_tokens"] += 1
+        update = self._update(sequence, [token])
+        if logprobs is not None:
+            update.logprobs = [logprobs]
+        if sequence.text is not None:
+            update.text = sequence.text.push(token)
+            if sequence.text.stopped_by is not None:
+                update.stop_reason = sequence.text.stopped_by
+                self._finish(sequence, update, "stop")
+                return
+        if token in state.end_token_ids:
+            update.stop_reason = token if token in state.params.stop_ids else None
+            self._finish(sequence, update, "stop")
+        elif len(state.output_token_ids) >= request.max_tokens:
+            self._finish(sequence, update, "length")
+        else:
+            self._ready.append(update)
+
+    def _update(self, sequence: Sequence, token_ids: list[int]) -> SequenceUpdate:
+        return SequenceUpdate(sequence.request.request_id, sequence.index, token_ids)
+
+    # -- endings ----------------------------------------------------------------------------
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        update: SequenceUpdate,
+        reason: FinishReason,
+        error: str | None = None,
+    ) -> None:
+        """End a sequence with its last update; the request ends with its last sequence."""
+        request = sequence.request
+        if sequence.text is not None and sequence.text.stopped_by is None:
+            update.text += sequence.text.finish()
+        update.finish_reason = reason
+        update.error = error
+        self.scheduler.remove(sequence)
+        del self._sequences[sequence.number]
+        request.unfinished -= 1
+        if request.unfinished == 0:
+            request.metrics.finished_time = self.clock.now()
+            update.request_finished = True
+            update.metrics = request.metrics
+            update.prompt_logprobs = request.prompt_logprobs
+            del self._requests[request.request_id]
+        self._ready.append(update)
+
+    def _end_request(self, request: Request, reason: FinishReason, error: str | None) -> None:
+        for sequence in request.sequences:
+            if sequence.status is not Status.FINISHED:
+                self._finish(sequence, self._update(sequence, []), reason, error)
+
+    def _fail_rows(self, plan: StepPlan, message: str) -> None:
+        """The whole step failed: end every request that took part, keep the others."""
+        for row in plan.rows:
+            sequence = self._sequences.get(row.sequence)
+            if sequence is not None:
+                self._counts["failed"] += 1
+                self._end_request(sequence.request, "error", message)
+
+    # -- observation ------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """A snapshot of gauges and counters."""
+        scheduler, accounting = self.scheduler, self.scheduler.accounting
+        return replace(
+            self._stats,
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            pages_used=accounting.pool.num_pages - accounting.num_available,
+            pages_cached=accounting.num_cached,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            preemptions=scheduler.num_preemptions,
+            **self._counts,
+        )
+
+    def check_integrity(self) -> None:
+        """Prove the invariants of requests, scheduler and pages. Raises AssertionError."""
+        running = self.scheduler.running.items
+        self.scheduler.accounting.check_integrity(running)
+        scheduled = {s.number for s in (*running, *self.scheduler.waiting)}
+        for sequence in self._sequences.values():
+            queued = sequence.status is not Status.UNFORKED
+            if queued != (sequence.number in scheduled):
+                raise AssertionError(f"sequence {sequence.number} is lost")
+            if sequence.num_pending < 1 and sequence.request.max_tokens > 0:
+                raise AssertionError(f"sequence {sequence.number} has nothing to feed")
+        if scheduled - self._sequences.keys():
+            raise AssertionError("a finished sequence is still scheduled")

@@ -1,0 +1,185 @@
+"""Which sequences feed how many inputs in the coming step."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
+from headrace.contracts.scheduling import SchedulerPolicy, StepBudget
+from headrace.contracts.step import PlanRow, SampleState, StepPlan
+from headrace.engine.cache_accounting import CacheAccounting
+from headrace.engine.sequence import Sequence, Status
+
+ADMISSION_RESERVE = 0.01
+"""Share of the pages that admission leaves free for running sequences to grow into, lest a
+sequence be admitted only to be preempted a few steps later."""
+
+
+class OrderedSequences:
+    """Sequences in the order of a policy's key, which never changes for a sequence."""
+
+    def __init__(self, policy: SchedulerPolicy) -> None:
+        self._policy = policy
+        self._keys: list[tuple[int, ...]] = []
+        self.items: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Insert at its place."""
+        key = self._policy.key(sequence)
+        place = bisect_left(self._keys, key)
+        insort(self._keys, key)
+        self.items.insert(place, sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take out a sequence that is in."""
+        place = bisect_left(self._keys, self._policy.key(sequence))
+        if place >= len(self.items) or self.items[place] is not sequence:
+            raise ValueError(f"sequence {sequence.number} is not in this order")
+        del self._keys[place], self.items[place]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self.items)
+
+
+class Scheduler:
+    """Plans steps within a budget of inputs, rows and pages.
+
+    Running sequences are served in the policy's order; each that has one pending input is sure
+    of its place, and longer ones share what is left of the budget in chunks. When pages run out,
+    the last sequence in order is preempted: it loses its pages and waits to be computed again.
+    """
+
+    def __init__(
+        self, policy: SchedulerPolicy, accounting: CacheAccounting, limit: StepBudget
+    ) -> None:
+        self.policy = policy
+        self.accounting = accounting
+        self.limit = limit
+        self.waiting = OrderedSequences(policy)
+        self.running = OrderedSequences(policy)
+        self.num_preemptions = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+
+    def plan(self, now: float) -> StepPlan:
+        """The next step; empty when nothing can run."""
+        plan = StepPlan()
+        budget = self.policy.budget(self.running.items, self.limit)
+        singles = sum(sequence.num_pending == 1 for sequence in self.running)
+        spare = max(0, budget.tokens - singles)
+        left = budget.tokens
+        for sequence in list(self.running):
+            if len(plan.rows) >= budget.rows or left == 0:
+                break
+            if sequence.status is not Status.RUNNING:
+                continue
+            single = sequence.num_pending == 1
+            count = self._schedule(sequence, 1 if single else spare, plan)
+            spare -= 0 if single else count
+            left -= count
+        self._admit(plan, budget.rows, left, now)
+        return plan
+
+    def _schedule(self, sequence: Sequence, most: int, plan: StepPlan) -> int:
+        """Plan up to ``most`` pending inputs of a running sequence, preempting if it must."""
+        wanted = min(most, sequence.num_pending)
+        if wanted == 0:
+            return 0
+        while (count := self.accounting.reserve(sequence, wanted, plan)) == 0:
+            victim = self.running.items[self.policy.victim(self.running.items)]
+            self.preempt(victim)
+            if victim is sequence:
+                return 0
+        plan.rows.append(plan_row(sequence, count))
+        return count
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's pages; it waits, and its known tokens are fed again."""
+        self.running.remove(sequence)
+        self.accounting.release(sequence)
+        sequence.status = Status.WAITING
+        sequence.request.metrics.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.add(sequence)
+
+    def _admit(self, plan: StepPlan, rows: int, tokens: int, now: float) -> None:
+        """Start waiting sequences, in order, while there is room of every kind."""
+        reserve = int(self.accounting.pool.num_pages * ADMISSION_RESERVE)
+        while self.waiting and len(plan.rows) < rows and tokens > 0:
+            sequence = self.waiting.items[0]
+            runs = self.accounting.match(sequence)
+            needed = self.accounting.pages_to_admit(sequence, runs)
+            spare = reserve if self.running else 0
+            if not self.accounting.num_free_rows or needed + spare > self.accounting.num_available:
+                if not self._overtake(sequence, plan):
+                    return
+                continue
+            self.waiting.remove(sequence)
+            self.accounting.admit(sequence, runs)
+            self.start(sequence)
+            self._note_first_admission(sequence, now)
+            tokens -= self._schedule(sequence, tokens, plan)
+
+    def _note_first_admission(self, sequence: Sequence, now: float) -> None:
+        metrics = sequence.request.metrics
+        if metrics.first_scheduled_time is None:
+            metrics.first_scheduled_time = now
+            metrics.num_cached_tokens = sequence.num_fed
+            self.prefix_query_tokens += len(sequence.token_ids)
+            self.prefix_hit_tokens += sequence.num_fed
+
+    def _overtake(self, sequence: Sequence, plan: StepPlan) -> bool:
+        """Preempt one running sequence that has no row in the plan yet and must give way."""
+        planned = {row.sequence for row in plan.rows}
+        for running in reversed(self.running.items):
+            if not self.policy.overtakes(sequence, running):
+                return False
+            if running.number not in planned:
+                self.preempt(running)
+                return True
+        return False
+
+    def start(self, sequence: Sequence) -> None:
+        """Count a sequence that was given pages among the running."""
+        sequence.status = Status.RUNNING
+        self.running.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, giving back what it holds."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self.accounting.release(sequence)
+        elif sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+
+
+def plan_row(sequence: Sequence, count: int) -> PlanRow:
+    """The row that feeds the next ``count`` pending inputs.
+
+    It samples when it reaches the last known token, once per completion while the sequences of
+    the request have not parted.
+    """
+    start, end = sequence.num_fed, sequence.num_fed + count
+    known = sequence.token_ids
+    request = sequence.request
+    samples: list[SampleState] = []
+    if end == len(known) and request.max_tokens > 0:
+        parted = bool(sequence.state.output_token_ids) or sequence.index > 0
+        samples = [sequence.state] if parted else [s.state for s in request.sequences]
+    score_ids: list[int] = []
+    if request.prompt_logprobs is not None and end >= len(request.prompt_logprobs):
+        score_ids = request.prompt_token_ids[start + 1 : end + 1]
+    return PlanRow(
+        sequence=sequence.number,
+        table_row=sequence.table_row,
+        input_ids=known[start:end],
+        positions=range(sequence.next_position, sequence.next_position + count),
+        slot=sequence.num_slots,
+        samples=samples,
+        score_ids=score_ids,
+        score_top=request.params.prompt_logprobs or 0,
+    )

@@ -1,0 +1,134 @@
+"""A request and its sequences, as the engine sees them."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from headrace.contracts.outputs import RequestMetrics, TokenLogprobs
+from headrace.contracts.profile import Profile
+from headrace.contracts.sampling import SamplingParams
+from headrace.contracts.step import SampleState
+from headrace.contracts.text import TextStream
+from headrace.engine.prefix_tree import SealedRun
+
+
+class Status(Enum):
+    """Where a sequence is. Only RUNNING ones hold pages and a table row.
+
+    UNFORKED: its sibling is still computing the prompt that both share.
+    """
+
+    UNFORKED = "unforked"
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Request:
+    """One prompt with its ``n`` sequences; finished when all of them are."""
+
+    __slots__ = (
+        "max_tokens",
+        "metrics",
+        "params",
+        "priority",
+        "profile",
+        "prompt_logprobs",
+        "prompt_token_ids",
+        "request_id",
+        "sequences",
+        "unfinished",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        max_tokens: int,
+        priority: int,
+        profile: Profile,
+        arrival_time: float,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.max_tokens = max_tokens
+        self.priority = priority
+        self.profile = profile
+        self.metrics = RequestMetrics(arrival_time)
+        self.sequences: list[Sequence] = []
+        self.unfinished = params.n
+        wanted = params.prompt_logprobs is not None
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if wanted else None
+
+    @property
+    def num_unscored(self) -> int:
+        """Prompt tokens whose log-probability is wanted and not known yet."""
+        if self.prompt_logprobs is None:
+            return 0
+        return len(self.prompt_token_ids) - len(self.prompt_logprobs)
+
+
+class Sequence:
+    """One stream of tokens: known tokens, of which a part has been fed to the model.
+
+    Three counters that may differ once methods drop, inject or move tokens: ``num_fed`` known
+    tokens have been given to the model, they take ``num_slots`` KV slots, and the next input has
+    position ``next_position``. KV lies in ``runs`` (sealed) followed by ``tail`` (writable pages,
+    one list per cache group).
+    """
+
+    __slots__ = (
+        "arrival",
+        "index",
+        "next_position",
+        "num_fed",
+        "num_slots",
+        "number",
+        "request",
+        "runs",
+        "state",
+        "status",
+        "table_row",
+        "tail",
+        "text",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        index: int,
+        state: SampleState,
+        text: TextStream | None,
+    ) -> None:
+        self.number = number
+        self.arrival = number
+        self.request = request
+        self.index = index
+        self.token_ids = list(request.prompt_token_ids)
+        self.state = state
+        self.text = text
+        self.status = Status.WAITING if index == 0 else Status.UNFORKED
+        self.table_row = -1
+        self.runs: list[SealedRun] = []
+        self.tail: list[list[int]] = []
+        self.num_fed = self.num_slots = self.next_position = 0
+
+    @property
+    def priority(self) -> int:
+        """Smaller is more urgent."""
+        return self.request.priority
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens that have not been fed."""
+        return len(self.token_ids) - self.num_fed
+
+    def forget_cache(self) -> None:
+        """All known tokens are pending again; the caller has released runs and tail."""
+        self.runs = []
+        self.tail = []
+        self.num_fed = self.num_slots = self.next_position = 0
