@@ -1,0 +1,1 @@
+"""Execution of step plans: batch, layer loop, logits, sampling."""

@@ -1,0 +1,70 @@
+"""The order in which micro-batches pass through layers; models know nothing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from headrace.exec.batch import ForwardBatch
+from headrace.kv.arena import KVArena
+from headrace.models.base import DecoderModel
+from headrace.models.layers.rotary import RotaryEmbedding
+from headrace.ops.table import Ops
+
+
+class LayerContext:
+    """The ``AttentionContext`` of one micro-batch."""
+
+    def __init__(self, batch: ForwardBatch, arena: KVArena, ops: Ops) -> None:
+        self._batch = batch
+        self._arena = arena
+        self._ops = ops
+        self._angles: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: RotaryEmbedding, scale: float
+    ) -> Tensor:
+        """See ``AttentionContext``."""
+        if rotary not in self._angles:
+            self._angles[rotary] = rotary.cos_sin(self._batch.positions, self._ops.dtype)
+        cos, sin = self._angles[rotary]
+        out, _ = self._ops.attention.attend(
+            self._ops.rotate(q, cos, sin),
+            self._ops.rotate(k, cos, sin),
+            v,
+            self._arena.plane(layer, "key"),
+            self._arena.plane(layer, "value"),
+            scale,
+            self._batch.attention[self._arena.group_of(layer)],
+        )
+        return out.flatten(1)
+
+
+class LayerLoop:
+    """Runs a model over micro-batches: all layers of one before the next begins."""
+
+    def __init__(self, model: DecoderModel, arena: KVArena, ops: Ops) -> None:
+        self._model = model
+        self._arena = arena
+        self._ops = ops
+
+    def run(self, batches: Sequence[ForwardBatch]) -> Tensor:
+        """Hidden states of all inputs, ``[T, hidden]``, before the final norm."""
+        hidden = [self._run_layers(batch) for batch in batches]
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+    def _run_layers(self, batch: ForwardBatch) -> Tensor:
+        context = LayerContext(batch, self._arena, self._ops)
+        hidden = self._model.embed(batch.input_ids)
+        for layer in self._model.layers:
+            hidden = layer.mix(hidden, context)
+            hidden = layer.feed(hidden)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[R, hidden]`` -> ``[R, vocab]``; row by row where ops are batch-invariant."""
+        if not self._ops.batch_invariant:
+            return self._model.head(hidden)
+        return torch.cat([self._model.head(row) for row in hidden.split(1)])

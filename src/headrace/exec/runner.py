@@ -1,0 +1,117 @@
+"""The in-process runner: one model, one arena, one device."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from headrace.contracts.outputs import TokenLogprobs
+from headrace.contracts.step import (
+    PageTables,
+    RowResult,
+    Runner,
+    StepPlan,
+    StepResult,
+    Ticket,
+)
+from headrace.exec.batch import BatchBuilder
+from headrace.exec.layer_loop import LayerLoop
+from headrace.exec.sampling.sampler import Sampler, token_logprobs
+from headrace.kv.arena import KVArena
+from headrace.models.base import DecoderModel
+from headrace.ops.table import Ops
+
+_SCORED_AT_ONCE = 64
+"""Rows of prompt logits in memory at once, since a row is as wide as the vocabulary."""
+
+
+class LocalRunner(Runner):
+    """Executes a plan when it is submitted; ``collect`` hands out the result."""
+
+    def __init__(self, model: DecoderModel, arena: KVArena, ops: Ops, sampler: Sampler) -> None:
+        self.arena = arena
+        self.sampler = sampler
+        self._ops = ops
+        self._loop = LayerLoop(model, arena, ops)
+        self._builder = BatchBuilder(arena, ops)
+        self._results: dict[Ticket, StepResult] = {}
+        self._tickets = 0
+
+    def submit(self, plan: StepPlan, tables: PageTables) -> Ticket:
+        self._tickets += 1
+        ticket = Ticket(self._tickets)
+        with torch.inference_mode():
+            self._results[ticket] = self._execute(plan, tables)
+        return ticket
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        return self._results.pop(ticket)
+
+    def _execute(self, plan: StepPlan, tables: PageTables) -> StepResult:
+        marks = [time.perf_counter()]
+        self.arena.copy_pages(plan.copies)
+        self.arena.blank_pages(plan.blank)
+        batches = self._builder.build(plan.rows, tables)
+        marks.append(time.perf_counter())
+        hidden = self._loop.run(batches)
+        results = [RowResult() for _ in plan.rows]
+        logits = self._last_logits(plan, hidden)
+        marks.append(time.perf_counter())
+        if logits is not None:
+            self._sample(plan, logits, results)
+        self._score(plan, hidden, results)
+        marks.append(time.perf_counter())
+        names = ("batch", "forward", "sample")
+        spans = zip(names, marks, marks[1:], strict=False)
+        return StepResult(results, {name: end - start for name, start, end in spans})
+
+    def _last_logits(self, plan: StepPlan, hidden: Tensor) -> Tensor | None:
+        """Logits after the last input of every row that samples."""
+        ends, place = [], 0
+        for row in plan.rows:
+            place += len(row.input_ids)
+            if row.samples:
+                ends.append(place - 1)
+        if not ends:
+            return None
+        if len(ends) < len(hidden):
+            hidden = hidden[torch.tensor(ends, device=hidden.device)]
+        return self._loop.logits(hidden)
+
+    def _sample(self, plan: StepPlan, logits: Tensor, results: list[RowResult]) -> None:
+        """Draw for all rows; a row with several samples repeats its logits."""
+        owners = [index for index, row in enumerate(plan.rows) for _ in row.samples]
+        states = [state for row in plan.rows for state in row.samples]
+        if len(states) > len(logits):
+            counts = torch.tensor([len(row.samples) for row in plan.rows if row.samples])
+            logits = logits.repeat_interleave(counts.to(logits.device), dim=0)
+        if self._ops.batch_invariant:
+            drawn = [
+                self.sampler.sample(row, [state])[0]
+                for row, state in zip(logits.split(1), states, strict=True)
+            ]
+        else:
+            drawn = self.sampler.sample(logits, states)
+        for index, draw in zip(owners, drawn, strict=True):
+            result = results[index]
+            result.tokens = (*result.tokens, draw.token)
+            result.logprobs = (*result.logprobs, draw.logprobs)
+            result.error = result.error or draw.error
+
+    def _score(self, plan: StepPlan, hidden: Tensor, results: list[RowResult]) -> None:
+        """Log-probabilities of known tokens, for the rows that ask."""
+        place = 0
+        for row, result in zip(plan.rows, results, strict=True):
+            scores: list[TokenLogprobs] = []
+            for start in range(0, len(row.score_ids), _SCORED_AT_ONCE):
+                tokens = row.score_ids[start : start + _SCORED_AT_ONCE]
+                inputs = hidden[place + start : place + start + len(tokens)]
+                logits = self._loop.logits(inputs).float()
+                if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
+                    result.error = "the logits of the prompt are not finite (NaN or infinity)"
+                    break
+                scores += token_logprobs(torch.log_softmax(logits, -1), tokens, row.score_top)
+            result.scores = scores
+            place += len(row.input_ids)

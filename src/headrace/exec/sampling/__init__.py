@@ -1,0 +1,1 @@
+"""Sampling: a chain of steps over the logits of all rows."""

@@ -1,0 +1,432 @@
+"""The Python face: ``LLM`` for offline work, ``AsyncLLM`` for online serving."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import sys
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from headrace.config import EngineConfig
+from headrace.contracts.outputs import RequestOutput, SequenceUpdate
+from headrace.contracts.profile import EXACT, Profile
+from headrace.contracts.sampling import SamplingParams
+from headrace.contracts.stats import EngineStats
+from headrace.errors import (
+    EngineClosedError,
+    GenerationError,
+    InvalidRequestError,
+    OverloadedError,
+)
+from headrace.loading import LoadProgress, load_engine, make_config
+from headrace.request_output import OutputBuilder
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, or ``{"prompt": text}`` / ``{"prompt_token_ids": ids}``."""
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class _Face:
+    """What the two faces share: a loaded engine, prompts in, sampling defaults."""
+
+    def __init__(
+        self, model: str | None = None, *, progress: LoadProgress | None = None, **options: Any
+    ) -> None:
+        """Load ``model`` (the embedded one if ``None``).
+
+        Args:
+            progress: called with bytes loaded and bytes in all.
+            options: fields of ``EngineConfig``.
+        """
+        self.config: EngineConfig = make_config(model, options)
+        loaded = load_engine(self.config, progress)
+        self.engine = loaded.engine
+        self.tokenizer = loaded.tokenizer
+        self.model_info = loaded.info
+        self._defaults = loaded.generation_defaults
+        self._numbers = itertools.count()
+
+    def default_sampling_params(self, **overrides: Any) -> SamplingParams:
+        """What the model's ``generation_config.json`` recommends, changed by ``overrides``."""
+        return SamplingParams(**{**self._defaults, **overrides})
+
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.tokenizer
+
+    def check(self, prompt: Prompt, sampling_params: SamplingParams) -> list[int]:
+        """Token ids of a prompt that could run. Raises InvalidRequestError otherwise."""
+        _, token_ids = self._tokenize(prompt)
+        self.engine.check_request(token_ids, sampling_params)
+        return token_ids
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the engine's gauges and counters."""
+        return self.engine.stats()
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Text (if there is one) and token ids."""
+        if isinstance(prompt, Mapping):
+            keys = {"prompt", "prompt_token_ids"} & prompt.keys()
+            if len(keys) != 1:
+                raise InvalidRequestError(
+                    "prompt", "a dictionary needs either 'prompt' or 'prompt_token_ids'"
+                )
+            key = keys.pop()
+            text_expected = key == "prompt"
+            prompt = prompt[key]
+            if isinstance(prompt, str) != text_expected:
+                raise InvalidRequestError(key, "must be text" if text_expected else "must be ids")
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt)
+        if not isinstance(prompt, Sequence) or not all(_is_token_id(t) for t in prompt):
+            raise InvalidRequestError("prompt", "must be text or a list of token ids")
+        return None, [int(token) for token in prompt]
+
+    def _new_builder(
+        self, request_id: str, text: str | None, token_ids: list[int], params: SamplingParams
+    ) -> OutputBuilder:
+        return OutputBuilder(request_id, text, token_ids, params, self.tokenizer.token_text)
+
+
+class LLM(_Face):
+    """Offline generation: the engine runs in the caller's thread.
+
+    >>> llm = LLM()
+    >>> llm.generate("def fibonacci(n):", SamplingParams(max_tokens=32))[0].outputs[0].text
+    """
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        priority: int = 0,
+    ) -> list[RequestOutput]:
+        """Complete prompts, batched. Results are in the order of the prompts.
+
+        Args:
+            prompts: one prompt or a list; a list of integers is one prompt of token ids.
+            sampling_params: one for all prompts, one each, or the model's defaults.
+            use_tqdm: show a progress bar; on a terminal if ``None``.
+            priority: see ``EngineConfig.scheduling_policy``.
+
+        Returns:
+            One result per prompt; one that failed while running carries ``error``.
+
+        Raises:
+            InvalidRequestError: a prompt or parameter is wrong; nothing has run then.
+        """
+        listed = _list_prompts(prompts)
+        params = self._params_for(len(listed), sampling_params)
+        jobs = []
+        for prompt, each in zip(listed, params, strict=True):
+            text, token_ids = self._tokenize(prompt)
+            self.engine.check_request(token_ids, each)
+            jobs.append((text, token_ids, each))
+        return self._run(jobs, use_tqdm, priority)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations, formatted by the model's chat template."""
+        conversations: Any = messages
+        if messages and isinstance(messages[0], Mapping):
+            conversations = [messages]
+        prompts = [
+            {
+                "prompt_token_ids": self.tokenizer.encode(
+                    self.tokenizer.apply_chat_template(
+                        [dict(message) for message in conversation],
+                        add_generation_prompt=add_generation_prompt,
+                        **(chat_template_kwargs or {}),
+                    ),
+                    add_special_tokens=False,
+                )
+            }
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def _params_for(
+        self, count: int, given: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if given is None:
+            given = self.default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise InvalidRequestError(
+                "sampling_params", f"{len(given)} were given for {count} prompts"
+            )
+        return list(given)
+
+    def _run(
+        self,
+        jobs: list[tuple[str | None, list[int], SamplingParams]],
+        use_tqdm: bool | None,
+        priority: int,
+    ) -> list[RequestOutput]:
+        """Feed the queue as it has room, step until all jobs are done."""
+        builders: dict[str, OutputBuilder] = {}
+        pending = deque(jobs)
+        show = sys.stderr.isatty() if use_tqdm is None else use_tqdm
+        advance, stop = _progress_bar(len(jobs)) if show else (None, None)
+        try:
+            while pending or self.engine.has_unfinished_requests:
+                while pending and not self.engine.queue_is_full:
+                    text, token_ids, params = pending.popleft()
+                    request_id = str(next(self._numbers))
+                    builders[request_id] = self._new_builder(request_id, text, token_ids, params)
+                    self.engine.add_request(request_id, token_ids, params, priority=priority)
+                for update in self.engine.step():
+                    builders[update.request_id].apply(update)
+                    if update.request_finished and advance:
+                        advance()
+        finally:
+            for request_id, builder in builders.items():
+                if not builder.output.finished:
+                    self.engine.abort_request(request_id)
+            if stop:
+                stop()
+        return [builder.output for builder in builders.values()]
+
+    def close(self) -> None:
+        """Give back the engine's resources."""
+        self.engine.runner.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Stream:
+    """Where the updates of one request go: a queue in its consumer's event loop."""
+
+    __slots__ = ("loop", "updates")
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.updates: asyncio.Queue[SequenceUpdate | BaseException] = asyncio.Queue()
+
+
+class AsyncLLM(_Face):
+    """Online generation: the engine runs in a thread of its own.
+
+    The thread owns the engine; others talk to it through an inbox that it empties between
+    steps. Updates of a step reach each event loop in one call.
+    """
+
+    def __init__(
+        self, model: str | None = None, *, progress: LoadProgress | None = None, **options: Any
+    ) -> None:
+        super().__init__(model, progress=progress, **options)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._closed = False
+        self._draining = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="headrace-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        profile: Profile = EXACT,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the request's live, cumulative result after each update.
+
+        Closing the iterator early ends the request and frees its pages.
+
+        Raises:
+            InvalidRequestError: the request is wrong.
+            OverloadedError: the queue is full.
+            GenerationError: the request failed while running.
+            EngineClosedError: the engine is draining or closed.
+        """
+        params = sampling_params or self.default_sampling_params()
+        text, token_ids = self._tokenize(prompt)
+        if request_id is None:
+            request_id = f"request-{next(self._numbers)}"
+        builder = self._new_builder(request_id, text, token_ids, params)
+        stream = await self._start(request_id, token_ids, params, priority, profile)
+        output = builder.output
+        try:
+            while not output.finished:
+                received = [await stream.updates.get()]
+                while not stream.updates.empty():
+                    received.append(stream.updates.get_nowait())
+                for update in received:
+                    if isinstance(update, BaseException):
+                        raise update
+                    builder.apply(update)
+                if output.error is not None:
+                    raise GenerationError(output.error)
+                yield output
+        finally:
+            self._streams.pop(request_id, None)
+            if not output.finished:
+                self._inbox.put(lambda: self._abort(request_id))
+
+    async def _start(
+        self,
+        request_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        profile: Profile,
+    ) -> _Stream:
+        """Hand a request to the engine's thread and wait until it is queued."""
+        self.engine.check_request(token_ids, params)
+        if self._closed or self._draining:
+            raise EngineClosedError("the engine takes no more requests") from self._failure
+        if self.engine.queue_is_full:
+            # Known at once; asking the engine's thread could take a whole step.
+            raise OverloadedError("the queue is full; try again later")
+        if request_id in self._streams:
+            raise InvalidRequestError("request_id", f"{request_id!r} is already running")
+        stream = self._streams[request_id] = _Stream()
+        accepted: Future[None] = Future()
+
+        def add() -> None:
+            if not accepted.set_running_or_notify_cancel():
+                return
+            try:
+                self.engine.add_request(
+                    request_id, token_ids, params, priority=priority, profile=profile
+                )
+            except Exception as error:
+                accepted.set_exception(error)
+            else:
+                accepted.set_result(None)
+
+        self._inbox.put(add)
+        try:
+            await asyncio.wrap_future(accepted)
+        except BaseException:
+            self._streams.pop(request_id, None)
+            self._inbox.put(lambda: self._abort(request_id))
+            raise
+        return stream
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its iterator yields one last time, with finish_reason "abort"."""
+        self._inbox.put(lambda: self._abort(request_id))
+
+    def _abort(self, request_id: str) -> None:
+        self.engine.abort_request(request_id)
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests and wait, ``timeout`` seconds at most, until the others are done."""
+        self._draining = True
+        deadline = asyncio.get_running_loop().time() + timeout
+        while self._streams and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        """End all requests, stop the thread, give back resources."""
+        if not self._closed:
+            self._closed = True
+            self._inbox.put(lambda: None)
+            self._thread.join()
+            self.engine.runner.close()
+
+    # -- in the engine's thread -------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            while not self._closed:
+                self._empty_inbox(wait=not self.engine.has_unfinished_requests)
+                if self.engine.has_unfinished_requests:
+                    self._deliver(self.engine.step())
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            self._closed = True
+            self._empty_inbox(wait=False)
+            self._fail_streams()
+
+    def _empty_inbox(self, wait: bool) -> None:
+        if wait:
+            self._inbox.get()()
+        while True:
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                return
+
+    def _deliver(self, updates: list[SequenceUpdate]) -> None:
+        """Hand updates to their consumers: one wake-up per event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, SequenceUpdate]]] = {}
+        for update in updates:
+            stream = self._streams.get(update.request_id)
+            if stream is not None:
+                by_loop.setdefault(stream.loop, []).append((stream, update))
+        for loop, batch in by_loop.items():
+            _call_in(loop, _put_all, batch)
+
+    def _fail_streams(self) -> None:
+        for stream in list(self._streams.values()):
+            error = EngineClosedError("the engine was closed while the request was running")
+            error.__cause__ = self._failure
+            _call_in(stream.loop, stream.updates.put_nowait, error)
+
+
+def _put_all(batch: list[tuple[_Stream, SequenceUpdate]]) -> None:
+    for stream, update in batch:
+        stream.updates.put_nowait(update)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[Any], object], item: Any) -> None:
+    """Call in the loop's thread; a loop that is closed has no consumers left."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(function, item)
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many, as a list."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if len(prompts) > 0 and all(_is_token_id(token) for token in prompts):
+        return [list(prompts)]  # type: ignore[arg-type]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _progress_bar(total: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    """(advance, stop) of a bar that counts finished requests."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    bar = Progress(
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    task = bar.add_task("requests", total=total)
+    bar.start()
+    return lambda: bar.advance(task), bar.stop

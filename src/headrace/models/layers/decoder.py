@@ -1,0 +1,179 @@
+"""The pre-norm decoder block that Llama made common, and a model made of it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from headrace.contracts.cache import CacheLayout, attention_layout
+from headrace.errors import CheckpointError
+from headrace.models.base import (
+    AttentionContext,
+    DecoderLayer,
+    DecoderModel,
+    ModelShape,
+    WeightSource,
+)
+from headrace.models.layers.rotary import RotaryEmbedding
+from headrace.ops.table import Ops
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """Sizes and options of a dense decoder with grouped-query attention and SwiGLU."""
+
+    vocab_size: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    norm_eps: float
+    tied: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def parse(cls, config: dict[str, Any], **options: bool) -> DecoderConfig:
+        """Out of ``config.json``. Raises CheckpointError naming what is missing or unsupported."""
+        try:
+            heads = int(config["num_attention_heads"])
+            hidden = int(config["hidden_size"])
+            parsed = cls(
+                vocab_size=int(config["vocab_size"]),
+                hidden=hidden,
+                intermediate=int(config["intermediate_size"]),
+                layers=int(config["num_hidden_layers"]),
+                heads=heads,
+                kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                context=int(config.get("max_position_embeddings", 2048)),
+                norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+                tied=bool(config.get("tie_word_embeddings", False)),
+                **options,
+            )
+        except KeyError as error:
+            raise CheckpointError(f"config.json lacks {error.args[0]!r}") from None
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json: {error}") from None
+        if config.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"hidden_act {config['hidden_act']!r} is not supported; only silu")
+        if config.get("use_sliding_window"):
+            raise CheckpointError("use_sliding_window is not supported; set it to false")
+        return parsed
+
+
+class AttentionBlock(DecoderLayer):
+    """Attention and feed-forward, each behind an RMS norm and added to the stream."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        index: int,
+        rotary: RotaryEmbedding,
+        weights: WeightSource,
+        ops: Ops,
+    ) -> None:
+        prefix = f"model.layers.{index}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        width, hidden = config.head_dim, config.hidden
+        heads, kv_heads = config.heads, config.kv_heads
+        self._index, self._rotary, self._ops = index, rotary, ops
+        self._heads, self._kv_heads, self._width = heads, kv_heads, width
+        self._eps = config.norm_eps
+        self._input_norm = weights.vector(prefix + "input_layernorm.weight", hidden)
+        self._qkv = weights.linear(
+            [attention + name for name in ("q_proj", "k_proj", "v_proj")],
+            [heads * width, kv_heads * width, kv_heads * width],
+            hidden,
+            bias=config.qkv_bias,
+        )
+        self._q_norm = self._k_norm = None
+        if config.qk_norm:
+            self._q_norm = weights.vector(attention + "q_norm.weight", width)
+            self._k_norm = weights.vector(attention + "k_norm.weight", width)
+        self._output = weights.linear(
+            [attention + "o_proj"], [hidden], heads * width, bias=config.output_bias
+        )
+        self._post_norm = weights.vector(prefix + "post_attention_layernorm.weight", hidden)
+        self._gate_up = weights.linear(
+            [mlp + "gate_proj", mlp + "up_proj"],
+            [config.intermediate] * 2,
+            hidden,
+            bias=config.mlp_bias,
+        )
+        self._down = weights.linear(
+            [mlp + "down_proj"], [hidden], config.intermediate, bias=config.mlp_bias
+        )
+
+    def mix(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        normed = self._ops.rms_norm(hidden, self._input_norm, self._eps)
+        qkv = self._qkv(normed).view(len(hidden), -1, self._width)
+        q, k, v = qkv.split([self._heads, self._kv_heads, self._kv_heads], dim=1)
+        if self._q_norm is not None and self._k_norm is not None:
+            q = self._ops.rms_norm(q, self._q_norm, self._eps)
+            k = self._ops.rms_norm(k, self._k_norm, self._eps)
+        attended = context.attend(self._index, q, k, v, self._rotary, self._width**-0.5)
+        return hidden + self._output(attended)
+
+    def feed(self, hidden: Tensor) -> Tensor:
+        normed = self._ops.rms_norm(hidden, self._post_norm, self._eps)
+        return hidden + self._down(self._ops.silu_and_mul(self._gate_up(normed)))
+
+
+class DenseDecoder(DecoderModel):
+    """Embedding, blocks, final norm and output head (the embedding's transpose if tied)."""
+
+    @staticmethod
+    @abstractmethod
+    def parse(config: dict[str, Any]) -> DecoderConfig:
+        """What the architecture makes of ``config.json``."""
+
+    @classmethod
+    def shape(cls, config: dict[str, Any]) -> ModelShape:
+        parsed = cls.parse(config)
+        return ModelShape(
+            parsed.layers, parsed.kv_heads, parsed.head_dim, parsed.context, parsed.vocab_size
+        )
+
+    @classmethod
+    def cache_layout(cls, config: dict[str, Any], dtype: str, block_size: int) -> CacheLayout:
+        parsed = cls.parse(config)
+        return attention_layout(
+            layers=parsed.layers,
+            kv_heads=parsed.kv_heads,
+            head_dim=parsed.head_dim,
+            dtype=dtype,
+            block_size=block_size,
+        )
+
+    def __init__(self, config: dict[str, Any], weights: WeightSource, ops: Ops) -> None:
+        parsed = self.parse(config)
+        rotary = RotaryEmbedding.from_config(config, parsed.head_dim)
+        self._ops, self._eps = ops, parsed.norm_eps
+        vocab, hidden = parsed.vocab_size, parsed.hidden
+        self._embedding = weights.table("model.embed_tokens.weight", vocab, hidden)
+        self.layers: Sequence[DecoderLayer] = [
+            AttentionBlock(parsed, index, rotary, weights, ops) for index in range(parsed.layers)
+        ]
+        self._norm = weights.vector("model.norm.weight", hidden)
+        tied = parsed.tied or "lm_head.weight" not in weights
+        self._head = (
+            weights.tied_linear(self._embedding)
+            if tied
+            else weights.linear(["lm_head"], [vocab], hidden)
+        )
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self._ops.embedding(input_ids, self._embedding)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self._head(self._ops.rms_norm(hidden, self._norm, self._eps))

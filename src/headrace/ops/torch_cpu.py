@@ -1,0 +1,33 @@
+"""Faster versions for x86 CPUs out of torch's own operations."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ROWS_HINT = 16
+"""oneDNN chooses the blocked layout for this many rows; it serves any number."""
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """``[out, in]`` bf16 weight in oneDNN's blocked layout, which saves a reorder per call."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)
+    return packed
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``[T, in] @ [out, in]^T + [out] -> [T, out]`` on a packed weight."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / rms(x) * weight`` over the last dimension, in one call."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of ``[T, 2 * width]``, with one temporary."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

@@ -1,0 +1,1 @@
+"""Checkpoints in: finding, reading, checking and packing weights."""
