@@ -1,0 +1,123 @@
+"""From what a user calls a model to a directory on disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+from headrace.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_WEIGHT_FILES = ("*.safetensors",)
+# The same weights once more, in other layouts.
+_IGNORED_FILES = ("consolidated*", "original/*", "onnx/*")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def resolve_model(
+    model: str,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    *,
+    weights: bool = True,
+    endpoint: str | None = None,
+) -> Path:
+    """The directory of a checkpoint, downloaded from the hub when it is not a local one.
+
+    Args:
+        model: a directory, or a hub id such as ``org/name``.
+        revision: branch, tag or commit of a hub id.
+        download_dir: where downloads are cached; huggingface_hub's default if ``None``.
+        weights: ``False`` asks only for what a tokenizer needs.
+        endpoint: URL of the hub; huggingface_hub's default if ``None``.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it cannot be had; says what to do.
+    """
+    local = os.path.expanduser(model)
+    if os.path.isdir(local):
+        return _checked(Path(local), model) if weights else Path(local)
+    if os.path.exists(local):
+        raise CheckpointError(f"{model} is a file; give the directory that holds it")
+    if not _HUB_ID.fullmatch(model):
+        raise CheckpointError(
+            f"{model!r} is neither an existing directory nor a hub id; give a directory with "
+            "config.json and *.safetensors, or an id such as org/name"
+        )
+    patterns = [*_TOKENIZER_FILES, *(_WEIGHT_FILES if weights else ())]
+    path = _download(model, revision, download_dir, patterns, endpoint)
+    return _checked(path, model) if weights else path
+
+
+def _checked(directory: Path, model: str) -> Path:
+    """The directory, if it can be a checkpoint."""
+    missing = [p for p in ("config.json", "*.safetensors") if not any(directory.glob(p))]
+    if missing:
+        raise CheckpointError(
+            f"{model} is not a checkpoint that Headrace reads: {directory} has no "
+            f"{' and no '.join(missing)}; weights in another format can be saved anew with "
+            "transformers' save_pretrained()"
+        )
+    return directory
+
+
+def _download(
+    model: str,
+    revision: str | None,
+    download_dir: str | None,
+    patterns: list[str],
+    endpoint: str | None,
+) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"{model} is not a directory, and downloading needs huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                cache_dir=download_dir,
+                allow_patterns=patterns,
+                ignore_patterns=list(_IGNORED_FILES),
+                endpoint=endpoint,
+            )
+        )
+    except Exception as error:  # the network stack below raises errors of several packages
+        reason = _reason(error, model, revision, download_dir)
+        raise CheckpointError(
+            f"{model} is not a directory, and it cannot be downloaded: {reason}"
+        ) from error
+
+
+def _reason(error: Exception, model: str, revision: str | None, download_dir: str | None) -> str:
+    """What went wrong and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    cache = download_dir or constants.HF_HUB_CACHE
+    page = f"{constants.ENDPOINT}/{model}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"it is gated; ask for access at {page} and log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no such model; check its name, or `hf auth login` if it is private"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it has no revision {revision!r}; its branches and tags are listed at {page}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return (
+            f"the hub cannot be reached and {cache} does not hold all of it; "
+            "connect to the network, or give the directory of a copy"
+        )
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _NO_SPACE:
+        return f"the disk of {cache} is full; make room or set download_dir to another disk"
+    if number in _NO_WRITING:
+        return f"{cache} cannot be written to ({error}); set download_dir to a directory that can"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text}; try again, or give the directory of a copy"
