@@ -1,0 +1,76 @@
+"""The smaller routes: models, tokenizer, health, version, metrics, description."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import httpx
+
+import headrace
+from tests.server.fake_llm import END, FakeLLM
+from tests.server.loopback import serving
+from tests.server.reading import metrics
+
+USER = {"role": "user", "content": "hi"}
+
+
+def test_models(client: httpx.Client) -> None:
+    listed = client.get("/v1/models").json()
+    assert listed["object"] == "list"
+    assert [model["id"] for model in listed["data"]] == ["fake", "alias"]
+    assert client.get("/v1/models/alias").json() == listed["data"][1]
+    assert listed["data"][1]["max_model_len"] == 4096
+
+
+def test_tokenize(client: httpx.Client) -> None:
+    response = client.post("/tokenize", json={"prompt": "hi", "return_token_strs": True})
+    assert response.json() == {
+        "count": 2,
+        "max_model_len": 4096,
+        "tokens": [104, 105],
+        "token_strs": ["h", "i"],
+    }
+    response = client.post("/tokenize", json={"messages": [USER], "add_generation_prompt": False})
+    assert bytes(response.json()["tokens"]) == b"user: hi\n"
+    assert response.json()["token_strs"] is None
+
+
+def test_detokenize(client: httpx.Client) -> None:
+    response = client.post("/detokenize", json={"tokens": [104, END]})
+    assert response.json() == {"prompt": "h<end>"}
+
+
+def test_health_and_version(client: httpx.Client) -> None:
+    assert client.get("/health").status_code == 200
+    assert client.get("/version").json() == {"version": headrace.__version__}
+
+
+def test_the_engines_counts_are_metrics(client: httpx.Client) -> None:
+    found = metrics(client)
+    assert found["headrace_pages_total"] == 99
+    assert found["headrace_preemptions_total"] == 7
+
+
+def test_finished_requests_are_metrics() -> None:
+    with serving(FakeLLM()) as url, httpx.Client(base_url=url) as client:
+        client.post("/v1/completions", json={"prompt": ["hey", "you"], "n": 3})
+        client.post("/v1/completions", json={"prompt": "fail", "n": 2})
+        found = metrics(client)
+    assert found["headrace_completions_finished_total{finish_reason=length}"] == 6
+    assert found["headrace_completions_finished_total{finish_reason=error}"] == 2
+    assert found["headrace_time_to_first_token_seconds_count"] == 2
+    assert found["headrace_time_to_first_token_seconds_sum"] == 0.5
+    assert found["headrace_time_per_output_token_seconds_sum"] == 1.0
+    assert found["headrace_request_duration_seconds_sum"] == 2.5
+
+
+def test_the_api_describes_itself(client: httpx.Client) -> None:
+    description = client.get("/openapi.json").json()
+    body = description["paths"]["/v1/completions"]["post"]["requestBody"]
+    reference = body["content"]["application/json"]["schema"]["$ref"]
+    schema = description["components"]["schemas"][reference.removeprefix("#/components/schemas/")]
+    assert {"prompt", "temperature", "echo"} <= schema["properties"].keys()
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(description)))
+    assert references <= description["components"]["schemas"].keys()
+    assert client.get("/docs").status_code == 404
