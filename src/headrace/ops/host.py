@@ -55,6 +55,11 @@ def last_level_cache(root: Path = ROOT) -> int:
     )
 
 
+def has_gpu_driver(root: Path = ROOT) -> bool:
+    """Whether the kernel runs a GPU driver that torch could use."""
+    return any((root / path).exists() for path in ("proc/driver/nvidia/version", "dev/kfd"))
+
+
 def _machine_memory(root: Path) -> int:
     for line in _text(root / "proc/meminfo").splitlines():
         name, _, value = line.partition(":")

@@ -1,0 +1,1 @@
+"""Knowing the hardware, predicting runs, and simulating them on a virtual clock."""

@@ -1,0 +1,80 @@
+"""What the hardware offers: cores, memory, instruction sets, and its measured bandwidth."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from headrace.ops import host
+
+ISA_OF_INTEREST = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "sve",
+    "bf16",
+    "i8mm",
+)
+"""Feature flags that decide how fast a processor multiplies matrices, as the kernel names them."""
+
+_LEAST_BUFFER = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareProfile:
+    """The machine as this process may use it.
+
+    Args:
+        processor: its name.
+        cores: cores that may be kept busy, within affinity and control groups.
+        isa: those of ``ISA_OF_INTEREST`` that it has.
+        available_memory: bytes that may still be taken.
+        last_level_cache: bytes; 0 if unknown.
+        memory_bandwidth: bytes per second that all cores together read.
+    """
+
+    processor: str
+    cores: int
+    isa: tuple[str, ...]
+    available_memory: int
+    last_level_cache: int
+    memory_bandwidth: float
+
+
+def probe() -> HardwareProfile:
+    """Look at the machine and measure its bandwidth (about a second)."""
+    cores, cache, memory = host.usable_cores(), host.last_level_cache(), host.available_memory()
+    features = host.isa_features()
+    size = min(max(_LEAST_BUFFER, 4 * cache), memory // 4)
+    return HardwareProfile(
+        processor=host.cpu_name(),
+        cores=cores,
+        isa=tuple(name for name in ISA_OF_INTEREST if name in features),
+        available_memory=memory,
+        last_level_cache=cache,
+        memory_bandwidth=read_bandwidth(cores, size),
+    )
+
+
+def read_bandwidth(cores: int, size: int, rounds: int = 5) -> float:
+    """Bytes per second at which ``cores`` threads read ``size`` bytes, the best of ``rounds``.
+
+    The buffer must be well larger than the caches for this to be the memory's speed.
+    """
+    buffer = np.ones(max(size // 8, cores), dtype=np.int64)
+    parts = np.array_split(buffer, cores)
+    best = float("inf")
+    with ThreadPoolExecutor(cores) as pool:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            # A reduction releases the interpreter lock and does nothing but read.
+            list(pool.map(np.bitwise_or.reduce, parts))
+            best = min(best, time.perf_counter() - start)
+    return buffer.nbytes / best

@@ -1,0 +1,127 @@
+"""``headrace doctor``: facts and advice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from headrace import LLM
+from headrace.cli.diagnosis import Machine, ModelEstimate, machine_advice, model_advice
+from headrace.ops import host
+from headrace.plan.hardware import HardwareProfile, read_bandwidth
+from tests.cli.programs import invoke
+
+GOOD = Machine(
+    headrace="0",
+    python="3",
+    torch="2",
+    hardware=HardwareProfile("CPU", 8, ("avx512_bf16", "amx_bf16"), 1 << 34, 1 << 25, 50e9),
+    machine_cores=8,
+    device="cpu",
+    device_memory=1 << 34,
+    threads=8,
+)
+FITTING = ModelEstimate(
+    name="m",
+    architecture="llama",
+    num_parameters=10,
+    stored_dtype="bfloat16",
+    dtype="bfloat16",
+    weight_bytes=20,
+    kv_token_bytes=4,
+    context=4096,
+    cached_tokens=10**6,
+    max_model_len=4096,
+    decode_tokens_per_second=10.0,
+    problem=None,
+)
+
+
+def test_json_agrees_with_the_loaded_model() -> None:
+    done = invoke("doctor", "--json", "--kv-cache-memory", "1MiB")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    machine, model = result["machine"], result["model"]
+    assert machine["hardware"]["cores"] == host.usable_cores()
+    assert machine["hardware"]["memory_bandwidth"] > 1e8
+    with LLM(kv_cache_memory_bytes=1 << 20) as llm:
+        info = llm.model_info
+    names = ("name", "architecture", "num_parameters", "dtype", "kv_token_bytes", "max_model_len")
+    assert {name: model[name] for name in names} == {name: getattr(info, name) for name in names}
+    assert model["cached_tokens"] == info.num_pages * info.block_size
+    assert model["weight_bytes"] <= info.weight_bytes
+    assert any("context is cut from 2,048" in line for line in result["advice"])
+
+
+def test_tables() -> None:
+    done = invoke("doctor")
+    assert done.exit_code == 0, done.output
+    for text in ("memory bandwidth", "GB/s", "model headrace-embedded", "KV cache per token"):
+        assert text in done.stdout
+
+
+def test_a_model_that_cannot_start() -> None:
+    done = invoke("doctor", "--json", "--kv-cache-memory", "1KiB")
+    assert done.exit_code == 1
+    result = json.loads(done.stdout)
+    assert result["model"]["max_model_len"] == 0
+    assert "kv_cache_memory_bytes" in result["model"]["problem"]
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    done = invoke("doctor", str(tmp_path / "none"))
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert str(tmp_path / "none") in done.stderr
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "has_gpu_driver", lambda: False)
+
+
+def test_nothing_to_say_about_a_good_machine() -> None:
+    assert list(machine_advice(GOOD)) == []
+    assert list(model_advice(FITTING)) == []
+
+
+@pytest.mark.parametrize(
+    ("machine", "advice"),
+    [
+        (replace(GOOD, machine_cores=16), "Only 8 of the machine's 16 cores"),
+        (replace(GOOD, threads=9), "use --threads 8"),
+        (replace(GOOD, hardware=replace(GOOD.hardware, memory_bandwidth=5e9)), "only 5.0 GB/s"),
+        (replace(GOOD, hardware=replace(GOOD.hardware, isa=("avx2",))), "no bfloat16"),
+        (replace(GOOD, hardware=replace(GOOD.hardware, isa=("avx512_bf16",))), "no AMX"),
+    ],
+)
+def test_advice_on_the_machine(machine: Machine, advice: str) -> None:
+    (line,) = machine_advice(machine)
+    assert advice in line
+
+
+def test_advice_on_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "has_gpu_driver", lambda: True)
+    (line,) = machine_advice(GOOD)
+    assert "GPU build" in line
+
+
+@pytest.mark.parametrize(
+    ("model", "advice"),
+    [
+        (replace(FITTING, max_model_len=1024), "cut from 4,096 to 1,024"),
+        (replace(FITTING, max_model_len=0, problem="no room"), "cannot start: no room."),
+        (replace(FITTING, dtype="float32"), "computed in float32"),
+    ],
+)
+def test_advice_on_the_model(model: ModelEstimate, advice: str) -> None:
+    (line,) = model_advice(model)
+    assert advice in line
+
+
+def test_bandwidth_is_measured_over_the_whole_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([0.0, 2.0, 10.0, 10.5])
+    monkeypatch.setattr("headrace.plan.hardware.time.perf_counter", lambda: next(ticks))
+    assert read_bandwidth(cores=3, size=1 << 20, rounds=2) == (1 << 20) / 0.5
