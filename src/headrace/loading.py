@@ -13,7 +13,6 @@ from headrace.contracts.cache import CacheLayout
 from headrace.engine.clock import MonotonicClock
 from headrace.engine.compose import compose_engine, fit_context
 from headrace.engine.engine import Engine, EngineLimits
-from headrace.errors import CheckpointError
 from headrace.exec.runner import LocalRunner
 from headrace.exec.sampling.sampler import Sampler
 from headrace.kv.arena import KVArena
@@ -91,15 +90,10 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     architecture = find_architecture(checkpoint.config)
     shape = architecture.shape(checkpoint.config)
     tokenizer = Tokenizer(
-        resolve_model(config.tokenizer, config.revision, config.download_dir)
+        resolve_model(config.tokenizer, None, config.download_dir, weights=False)
         if config.tokenizer
         else directory
     )
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise CheckpointError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
-            f"{shape.vocab_size}; they do not belong together"
-        )
     wanted = "float32" if config.reference else config.dtype
     dtype = device.choose_dtype(wanted, checkpoint.dtype)
     ops = make_ops(device, dtype, batch_invariant=config.reference)

@@ -121,7 +121,8 @@ def find_architecture(config: dict[str, Any]) -> type[DecoderModel]:
     known = known_architectures()
     if model_type not in known:
         raise CheckpointError(
-            f"architecture {model_type!r} is not supported; known: {', '.join(known)}"
+            f"config.json: architecture (model_type) {model_type!r} is not supported; "
+            f"known: {', '.join(known)}"
         )
     model: type[DecoderModel] = importlib.import_module(f"headrace.models.{model_type}").Model
     return model

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -14,21 +14,22 @@ from headrace.errors import CheckpointError
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-READABLE_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""The element types that are read: safetensors' name -> torch's."""
 
 
 def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     """A JSON object from a file; empty when it is optional and absent. Raises CheckpointError."""
     if not path.is_file():
         if required:
-            raise CheckpointError(f"{path.name} is missing in {path.parent}")
+            raise CheckpointError(f"{path} does not exist; fetch it from where the model came from")
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds no JSON object")
+        raise CheckpointError(f"{path}: holds no JSON object; fetch it again")
     return content
 
 
@@ -42,38 +43,38 @@ class SafetensorsCheckpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = read_json(directory / "config.json")
-        self._files = [self._open(path) for path in self._paths()]
-        self._file_of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+        self._paths = self._find_files()
+        self._places = {
+            name: (path, file)
+            for path, file in zip(self._paths, map(_open, self._paths), strict=True)
+            for name in file.keys()  # noqa: SIM118
+        }
 
-    def _paths(self) -> list[Path]:
-        index = self.directory / INDEX_FILE
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index}: lacks its 'weight_map'")
-            paths = [self.directory / name for name in sorted(set(weight_map.values()))]
-        else:
-            paths = [self.directory / SINGLE_FILE]
+    def _find_files(self) -> list[Path]:
+        """The weight files; all of them exist."""
+        index, single = self.directory / INDEX_FILE, self.directory / SINGLE_FILE
+        if not index.is_file():
+            if not single.is_file():
+                raise CheckpointError(
+                    f"neither {single} nor {index.name}, which several files need, exists there; "
+                    "fetch it again"
+                )
+            return [single]
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+            raise CheckpointError(
+                f"{index}: 'weight_map' must map names of tensors to files; fetch it again"
+            )
+        paths = [self.directory / name for name in sorted(set(shards.values()))]
         for path in paths:
             if not path.is_file():
-                raise CheckpointError(f"{path.name} is missing in {self.directory}{self._hint()}")
+                raise CheckpointError(
+                    f"{path} does not exist, but {index.name} names it; fetch it again"
+                )
         return paths
 
-    def _hint(self) -> str:
-        if any(self.directory.glob("*.bin")) or any(self.directory.glob("*.pt")):
-            return "; pickled weights are not loaded, convert them to safetensors"
-        return ""
-
-    def _open(self, path: Path) -> Any:
-        try:
-            return safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: damaged or truncated ({error}); fetch it again"
-            ) from None
-
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._places
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor as it is stored.
@@ -81,25 +82,30 @@ class SafetensorsCheckpoint:
         Raises:
             CheckpointError: it is missing, or has another shape or an unknown dtype.
         """
-        if name not in self._file_of:
-            raise CheckpointError(f"{self.directory}: tensor {name!r} is missing")
-        tensor: Tensor = self._file_of[name].get_tensor(name)
-        if tuple(tensor.shape) != shape:
+        if name not in self._places:
             raise CheckpointError(
-                f"{self.directory}: tensor {name!r} has shape {list(tensor.shape)}, "
-                f"the configuration asks for {list(shape)}"
+                f"{self.directory}: tensor {name!r} is missing in the weights; fetch them again, "
+                "or correct config.json if it describes another model"
             )
-        if tensor.dtype not in READABLE_DTYPES:
+        path, file = self._places[name]
+        entry = file.get_slice(name)
+        if tuple(entry.get_shape()) != shape:
             raise CheckpointError(
-                f"{self.directory}: tensor {name!r} is stored as {tensor.dtype}; "
-                "bfloat16, float16 and float32 are read"
+                f"{path}: tensor {name!r} has shape {entry.get_shape()}, but config.json asks for "
+                f"{list(shape)}; they do not belong together"
             )
+        if entry.get_dtype() not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} is stored as {entry.get_dtype()}; convert it to one of "
+                f"{', '.join(DTYPES.values())}"
+            )
+        tensor: Tensor = file.get_tensor(name)
         return tensor
 
     @property
     def num_bytes(self) -> int:
         """Size of the weight files."""
-        return sum(path.stat().st_size for path in self._paths())
+        return sum(path.stat().st_size for path in self._paths)
 
     @property
     def dtype(self) -> str:
@@ -107,13 +113,13 @@ class SafetensorsCheckpoint:
         named = self.config.get("dtype") or self.config.get("torch_dtype")
         if isinstance(named, str):
             return named.removeprefix("torch.")
-        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-        largest = max(self._file_of, key=lambda n: self._slice_size(n), default=None)
-        stored = self._file_of[largest].get_slice(largest).get_dtype() if largest else "F32"
-        return names.get(stored, "float32")
+        entries = [file.get_slice(name) for name, (_, file) in self._places.items()]
+        largest = max(entries, key=lambda entry: math.prod(entry.get_shape()), default=None)
+        return DTYPES.get(largest.get_dtype(), "float32") if largest else "float32"
 
-    def _slice_size(self, name: str) -> int:
-        size = 1
-        for dimension in self._file_of[name].get_slice(name).get_shape():
-            size *= dimension
-        return size
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or truncated ({error}); fetch it again") from None

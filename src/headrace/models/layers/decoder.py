@@ -19,6 +19,7 @@ from headrace.models.base import (
     WeightSource,
 )
 from headrace.models.layers.rotary import RotaryEmbedding
+from headrace.models.layers.values import read_number, read_size
 from headrace.ops.table import Ops
 
 
@@ -44,30 +45,34 @@ class DecoderConfig:
     @classmethod
     def parse(cls, config: dict[str, Any], **options: bool) -> DecoderConfig:
         """Out of ``config.json``. Raises CheckpointError naming what is missing or unsupported."""
-        try:
-            heads = int(config["num_attention_heads"])
-            hidden = int(config["hidden_size"])
-            parsed = cls(
-                vocab_size=int(config["vocab_size"]),
-                hidden=hidden,
-                intermediate=int(config["intermediate_size"]),
-                layers=int(config["num_hidden_layers"]),
-                heads=heads,
-                kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                context=int(config.get("max_position_embeddings", 2048)),
-                norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                tied=bool(config.get("tie_word_embeddings", False)),
-                **options,
+        heads = read_size(config, "num_attention_heads")
+        hidden = read_size(config, "hidden_size")
+        parsed = cls(
+            vocab_size=read_size(config, "vocab_size"),
+            hidden=hidden,
+            intermediate=read_size(config, "intermediate_size"),
+            layers=read_size(config, "num_hidden_layers"),
+            heads=heads,
+            kv_heads=read_size(config, "num_key_value_heads", heads),
+            head_dim=read_size(config, "head_dim", hidden // heads),
+            context=read_size(config, "max_position_embeddings", 2048),
+            norm_eps=read_number(config, "rms_norm_eps", 1e-6),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            **options,
+        )
+        if heads % parsed.kv_heads:
+            raise CheckpointError(
+                f"config.json: num_key_value_heads {parsed.kv_heads} must divide "
+                f"num_attention_heads {heads}"
             )
-        except KeyError as error:
-            raise CheckpointError(f"config.json lacks {error.args[0]!r}") from None
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"config.json: {error}") from None
         if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"hidden_act {config['hidden_act']!r} is not supported; only silu")
+            raise CheckpointError(
+                f"config.json: hidden_act {config['hidden_act']!r} is not supported; only silu"
+            )
         if config.get("use_sliding_window"):
-            raise CheckpointError("use_sliding_window is not supported; set it to false")
+            raise CheckpointError(
+                "config.json: use_sliding_window is not supported; set it to false"
+            )
         return parsed
 
 
@@ -165,10 +170,9 @@ class DenseDecoder(DecoderModel):
             AttentionBlock(parsed, index, rotary, weights, ops) for index in range(parsed.layers)
         ]
         self._norm = weights.vector("model.norm.weight", hidden)
-        tied = parsed.tied or "lm_head.weight" not in weights
         self._head = (
             weights.tied_linear(self._embedding)
-            if tied
+            if parsed.tied
             else weights.linear(["lm_head"], [vocab], hidden)
         )
 
