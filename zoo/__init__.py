@@ -1,0 +1,1 @@
+"""Training recipes for the language models of the Headrace family."""
