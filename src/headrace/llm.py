@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from headrace.config import EngineConfig
@@ -62,30 +62,40 @@ class _Face:
 
     def check(self, prompt: Prompt, sampling_params: SamplingParams) -> list[int]:
         """Token ids of a prompt that could run. Raises InvalidRequestError otherwise."""
-        _, token_ids = self._tokenize(prompt)
-        self.engine.check_request(token_ids, sampling_params)
-        return token_ids
+        return self._prepare(prompt, sampling_params)[1]
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine's gauges and counters."""
         return self.engine.stats()
 
+    def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
+        """Text (if there is one) and token ids of a request that could run."""
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError("sampling_params", f"must be SamplingParams, got {params!r}")
+        text, token_ids = self._tokenize(prompt)
+        self.engine.check_request(token_ids, params)
+        return text, token_ids
+
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """Text (if there is one) and token ids."""
         if isinstance(prompt, Mapping):
-            keys = {"prompt", "prompt_token_ids"} & prompt.keys()
-            if len(keys) != 1:
+            if len(prompt) != 1 or not {"prompt", "prompt_token_ids"} & prompt.keys():
                 raise InvalidRequestError(
-                    "prompt", "a dictionary needs either 'prompt' or 'prompt_token_ids'"
+                    "prompt", "a dictionary holds either 'prompt' or 'prompt_token_ids'"
                 )
-            key = keys.pop()
+            [key] = prompt
             text_expected = key == "prompt"
             prompt = prompt[key]
             if isinstance(prompt, str) != text_expected:
                 raise InvalidRequestError(key, "must be text" if text_expected else "must be ids")
         if isinstance(prompt, str):
+            context = self.model_info.max_model_len
+            if len(prompt) > 2 * context * self.tokenizer.longest_token:
+                # Tokenizing would take seconds only to say the same more exactly.
+                raise InvalidRequestError(
+                    "prompt", f"{len(prompt)} characters cannot fit a context of {context} tokens"
+                )
             return prompt, self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Sequence) or not all(_is_token_id(t) for t in prompt):
+        if not _is_list(prompt) or not all(_is_token_id(t) for t in prompt):
             raise InvalidRequestError("prompt", "must be text or a list of token ids")
         return None, [int(token) for token in prompt]
 
@@ -128,9 +138,7 @@ class LLM(_Face):
         params = self._params_for(len(listed), sampling_params)
         jobs = []
         for prompt, each in zip(listed, params, strict=True):
-            text, token_ids = self._tokenize(prompt)
-            self.engine.check_request(token_ids, each)
-            jobs.append((text, token_ids, each))
+            jobs.append((*self._prepare(prompt, each), each))
         return self._run(jobs, use_tqdm, priority)
 
     def chat(
@@ -143,30 +151,25 @@ class LLM(_Face):
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations, formatted by the model's chat template."""
-        conversations: Any = messages
-        if messages and isinstance(messages[0], Mapping):
-            conversations = [messages]
         prompts = [
             {
-                "prompt_token_ids": self.tokenizer.encode(
-                    self.tokenizer.apply_chat_template(
-                        [dict(message) for message in conversation],
-                        add_generation_prompt=add_generation_prompt,
+                "prompt_token_ids": self.tokenizer.encode_chat(
+                    conversation,
+                    **{
                         **(chat_template_kwargs or {}),
-                    ),
-                    add_special_tokens=False,
+                        "add_generation_prompt": add_generation_prompt,
+                    },
                 )
             }
-            for conversation in conversations
+            for conversation in _list_conversations(messages)
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def _params_for(
-        self, count: int, given: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[SamplingParams]:
+    def _params_for(self, count: int, given: Any) -> list[SamplingParams]:
+        """One for all, one each, or the defaults, as a list."""
         if given is None:
             given = self.default_sampling_params()
-        if isinstance(given, SamplingParams):
+        if not _is_list(given):
             return [given] * count
         if len(given) != count:
             raise InvalidRequestError(
@@ -193,6 +196,8 @@ class LLM(_Face):
                     builders[request_id] = self._new_builder(request_id, text, token_ids, params)
                     self.engine.add_request(request_id, token_ids, params, priority=priority)
                 for update in self.engine.step():
+                    if update.request_id not in builders:
+                        continue  # the end of a call that was interrupted
                     builders[update.request_id].apply(update)
                     if update.request_finished and advance:
                         advance()
@@ -229,15 +234,18 @@ class AsyncLLM(_Face):
     """Online generation: the engine runs in a thread of its own.
 
     The thread owns the engine; others talk to it through an inbox that it empties between
-    steps. Updates of a step reach each event loop in one call.
+    steps. Updates of a step reach each event loop in one call. The engine knows a request by a
+    number that is never used again, so that nothing of an aborted request reaches a later one to
+    which the caller gives the same id.
     """
 
     def __init__(
         self, model: str | None = None, *, progress: LoadProgress | None = None, **options: Any
     ) -> None:
         super().__init__(model, progress=progress, **options)
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
+        self._engine_ids: dict[str, str] = {}
         self._closed = False
         self._draining = False
         self._failure: BaseException | None = None
@@ -252,7 +260,7 @@ class AsyncLLM(_Face):
         *,
         priority: int = 0,
         profile: Profile = EXACT,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's live, cumulative result after each update.
 
         Closing the iterator early ends the request and frees its pages.
@@ -263,14 +271,18 @@ class AsyncLLM(_Face):
             GenerationError: the request failed while running.
             EngineClosedError: the engine is draining or closed.
         """
-        params = sampling_params or self.default_sampling_params()
-        text, token_ids = self._tokenize(prompt)
+        params = self.default_sampling_params() if sampling_params is None else sampling_params
+        text, token_ids = self._prepare(prompt, params)
+        engine_id = str(next(self._numbers))
         if request_id is None:
-            request_id = f"request-{next(self._numbers)}"
-        builder = self._new_builder(request_id, text, token_ids, params)
-        stream = await self._start(request_id, token_ids, params, priority, profile)
-        output = builder.output
+            request_id = f"request-{engine_id}"
+        if self._engine_ids.setdefault(request_id, engine_id) != engine_id:
+            raise InvalidRequestError("request_id", f"{request_id!r} is already running")
+        output = (builder := self._new_builder(request_id, text, token_ids, params)).output
+        stream = self._streams[engine_id] = _Stream()
         try:
+            self._check_open()
+            self._inbox.put(lambda: self._add(engine_id, token_ids, params, priority, profile))
             while not output.finished:
                 received = [await stream.updates.get()]
                 while not stream.updates.empty():
@@ -283,57 +295,31 @@ class AsyncLLM(_Face):
                     raise GenerationError(output.error)
                 yield output
         finally:
-            self._streams.pop(request_id, None)
+            del self._streams[engine_id], self._engine_ids[request_id]
             if not output.finished:
-                self._inbox.put(lambda: self._abort(request_id))
+                self._inbox.put(lambda: self.engine.abort_request(engine_id))
 
-    async def _start(
-        self,
-        request_id: str,
-        token_ids: list[int],
-        params: SamplingParams,
-        priority: int,
-        profile: Profile,
-    ) -> _Stream:
-        """Hand a request to the engine's thread and wait until it is queued."""
-        self.engine.check_request(token_ids, params)
+    def _check_open(self) -> None:
+        """Refuse a request that cannot be queued now.
+
+        Its stream is known already: an engine that closes after this check tells the stream.
+        """
         if self._closed or self._draining:
             raise EngineClosedError("the engine takes no more requests") from self._failure
         if self.engine.queue_is_full:
             # Known at once; asking the engine's thread could take a whole step.
             raise OverloadedError("the queue is full; try again later")
-        if request_id in self._streams:
-            raise InvalidRequestError("request_id", f"{request_id!r} is already running")
-        stream = self._streams[request_id] = _Stream()
-        accepted: Future[None] = Future()
 
-        def add() -> None:
-            if not accepted.set_running_or_notify_cancel():
-                return
-            try:
-                self.engine.add_request(
-                    request_id, token_ids, params, priority=priority, profile=profile
-                )
-            except Exception as error:
-                accepted.set_exception(error)
-            else:
-                accepted.set_result(None)
-
-        self._inbox.put(add)
-        try:
-            await asyncio.wrap_future(accepted)
-        except BaseException:
-            self._streams.pop(request_id, None)
-            self._inbox.put(lambda: self._abort(request_id))
-            raise
-        return stream
+    @property
+    def is_running(self) -> bool:
+        """Whether the engine's thread lives."""
+        return self._thread.is_alive()
 
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator yields one last time, with finish_reason "abort"."""
-        self._inbox.put(lambda: self._abort(request_id))
-
-    def _abort(self, request_id: str) -> None:
-        self.engine.abort_request(request_id)
+        engine_id = self._engine_ids.get(request_id)
+        if engine_id is not None:
+            self._inbox.put(lambda: self.engine.abort_request(engine_id))
 
     async def drain(self, timeout: float) -> None:
         """Refuse new requests and wait, ``timeout`` seconds at most, until the others are done."""
@@ -344,11 +330,10 @@ class AsyncLLM(_Face):
 
     def close(self) -> None:
         """End all requests, stop the thread, give back resources."""
-        if not self._closed:
-            self._closed = True
-            self._inbox.put(lambda: None)
-            self._thread.join()
-            self.engine.runner.close()
+        self._closed = True
+        self._inbox.put(lambda: None)
+        self._thread.join()
+        self.engine.runner.close()
 
     # -- in the engine's thread -------------------------------------------------------------
 
@@ -358,13 +343,30 @@ class AsyncLLM(_Face):
                 self._empty_inbox(wait=not self.engine.has_unfinished_requests)
                 if self.engine.has_unfinished_requests:
                     self._deliver(self.engine.step())
+            for engine_id in list(self._streams):
+                self.engine.abort_request(engine_id)
         except BaseException as error:
             self._failure = error
             raise
         finally:
             self._closed = True
-            self._empty_inbox(wait=False)
             self._fail_streams()
+
+    def _add(
+        self,
+        engine_id: str,
+        token_ids: list[int],
+        params: SamplingParams,
+        priority: int,
+        profile: Profile,
+    ) -> None:
+        try:
+            self.engine.add_request(
+                engine_id, token_ids, params, priority=priority, profile=profile
+            )
+        except Exception as error:
+            if stream := self._streams.get(engine_id):
+                _call_in(stream.loop, stream.updates.put_nowait, error)
 
     def _empty_inbox(self, wait: bool) -> None:
         if wait:
@@ -399,21 +401,35 @@ def _put_all(batch: list[tuple[_Stream, SequenceUpdate]]) -> None:
 
 def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[[Any], object], item: Any) -> None:
     """Call in the loop's thread; a loop that is closed has no consumers left."""
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, item)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _is_token_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _list_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _list_prompts(prompts: Any) -> list[Prompt]:
     """One prompt or many, as a list."""
-    if isinstance(prompts, (str, Mapping)):
+    if not _is_list(prompts) or (prompts and all(_is_token_id(token) for token in prompts)):
         return [prompts]
-    if len(prompts) > 0 and all(_is_token_id(token) for token in prompts):
-        return [list(prompts)]  # type: ignore[arg-type]
-    return list(prompts)  # type: ignore[arg-type]
+    return list(prompts)
+
+
+def _list_conversations(messages: Any) -> list[list[dict[str, Any]]]:
+    """One conversation or many, as a list."""
+    if _is_list(messages) and messages and isinstance(messages[0], Mapping):
+        messages = [messages]
+    if not _is_list(messages) or not all(
+        _is_list(each) and all(isinstance(message, Mapping) for message in each)
+        for each in messages
+    ):
+        raise InvalidRequestError("messages", "must be a list of messages, or a list of such lists")
+    return [[dict(message) for message in each] for each in messages]
 
 
 def _progress_bar(total: int) -> tuple[Callable[[], None], Callable[[], None]]:

@@ -15,6 +15,7 @@ from headrace.engine.compose import compose_engine, fit_context
 from headrace.engine.engine import Engine, EngineLimits
 from headrace.exec.runner import LocalRunner
 from headrace.exec.sampling.sampler import Sampler
+from headrace.json_file import read_json
 from headrace.kv.arena import KVArena
 from headrace.models.base import find_architecture
 from headrace.ops.device import Device, resolve_device, set_threads
@@ -22,7 +23,7 @@ from headrace.ops.table import make_ops
 from headrace.text.tokenizer import Tokenizer
 from headrace.weights.hub import resolve_model
 from headrace.weights.loader import WeightLoader
-from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint, read_json
+from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
 EMBEDDED_NAME = "headrace-embedded"
 

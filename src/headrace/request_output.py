@@ -28,7 +28,6 @@ class OutputBuilder:
         token_text: TokenText,
     ) -> None:
         self._token_text = token_text
-        self._unfinished = params.n
         wanted = params.logprobs is not None
         completions = [
             CompletionOutput(
@@ -53,14 +52,13 @@ class OutputBuilder:
             completion.finish_reason = update.finish_reason
             completion.stop_reason = update.stop_reason
             self.output.error = self.output.error or update.error
+        if update.prompt_logprobs is not None:
+            self.output.prompt_logprobs = [
+                None if entry is None else self._logprobs(entry) for entry in update.prompt_logprobs
+            ]
         if update.request_finished:
             self.output.finished = True
             self.output.metrics = update.metrics
-            if update.prompt_logprobs is not None:
-                self.output.prompt_logprobs = [
-                    None if entry is None else self._logprobs(entry)
-                    for entry in update.prompt_logprobs
-                ]
 
     def _logprobs(self, entry: TokenLogprobs) -> dict[int, Logprob]:
         """The token itself first, then the alternatives, by rank."""

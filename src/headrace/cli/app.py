@@ -36,14 +36,12 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+Version = typer.Option("--version", help="Print it.", callback=_print_version, is_eager=True)
+Debug = typer.Option("--debug", help="Show tracebacks of errors.")
+
+
 def _program(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", help="Print the version.", callback=_print_version, is_eager=True
-        ),
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[bool, Version] = False, debug: Annotated[bool, Debug] = False
 ) -> None:
     """Headrace runs and serves language models. Without --model it uses the embedded one."""
 

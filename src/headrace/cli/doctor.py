@@ -2,41 +2,173 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+import math
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from headrace.cli.options import ENGINE_OF_MODEL, takes
-from headrace.cli.output import print_json, print_table, show, show_bytes, working
+from headrace import __version__
+from headrace.cli.options import ENGINE_OF_MODEL, Json, takes
+from headrace.cli.output import progress, report, show, show_bytes
 from headrace.config import EngineConfig
+from headrace.contracts.cache import ITEM_BYTES
+from headrace.errors import ConfigurationError
+from headrace.ops import host
 
 if TYPE_CHECKING:
-    from headrace.cli.diagnosis import Machine, ModelEstimate
+    from headrace.ops.device import Device
+    from headrace.plan.hardware import HardwareProfile
+
+SLOW_BANDWIDTH = 10e9
+"""Bytes per second; less than one channel of current memory delivers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The machine, the software that computes on it, and what it would compute with."""
+
+    headrace: str
+    python: str
+    torch: str
+    hardware: HardwareProfile
+    machine_cores: int
+    device: str
+    device_memory: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEstimate:
+    """What a model takes and gives here, from its files' headers; no weight is read.
+
+    Args:
+        stored_dtype, dtype: of the files, and that would be computed in.
+        weight_bytes: in ``dtype``.
+        kv_token_bytes: KV cache of one token.
+        cached_tokens: tokens that fit into the memory left for the KV cache.
+        max_model_len: tokens that one sequence may have: the context, cut to that memory.
+        problem: why the model could not start; ``None`` if it can.
+    """
+
+    name: str
+    architecture: str
+    num_parameters: int
+    stored_dtype: str
+    dtype: str
+    weight_bytes: int
+    kv_token_bytes: int
+    context: int
+    cached_tokens: int
+    max_model_len: int
+    problem: str | None
 
 
 @takes(engine=ENGINE_OF_MODEL)
-def doctor(
-    engine: dict[str, Any],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
+def doctor(engine: dict[str, Any], as_json: Json = False) -> None:
     """Show the machine, its measured bandwidth, what MODEL needs, and what could be better."""
-    from headrace.cli.diagnosis import examine
+    import torch
 
-    with working("measuring the memory bandwidth"):
-        machine, model, advice = examine(EngineConfig(**engine))
-    if as_json:
-        print_json({"machine": asdict(machine), "model": asdict(model), "advice": advice})
-    else:
-        print_table("machine", ("", "value"), _machine_rows(machine))
-        print_table(f"model {model.name}", ("", "value"), _model_rows(model))
-        for line in advice or ["Nothing stands in the way."]:
-            print(f"- {line}")
+    from headrace.ops.device import resolve_device
+    from headrace.plan.hardware import probe
+
+    config = EngineConfig(**engine)
+    device = resolve_device(config.device)
+    model = estimate(config, device)
+    with progress("measuring the memory bandwidth"):
+        hardware = probe()
+    machine = Machine(
+        headrace=__version__,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        hardware=hardware,
+        machine_cores=os.cpu_count() or 1,
+        device=device.name,
+        device_memory=device.free_memory(),
+        threads=config.num_threads or hardware.cores,
+    )
+    advice = [*machine_advice(machine), *model_advice(model)]
+    report(
+        {"machine": asdict(machine), "model": asdict(model), "advice": advice},
+        ("machine", ("", "value"), _machine_rows(machine)),
+        (f"model {model.name}", ("", "value"), _model_rows(model)),
+        as_json=as_json,
+    )
+    if not as_json:
+        print(*(f"- {line}" for line in advice or ["Nothing stands in the way."]), sep="\n")
     if model.problem is not None:
         raise typer.Exit(1)
 
 
-def _machine_rows(machine: Machine) -> list[tuple[str, str]]:
+def estimate(config: EngineConfig, device: Device) -> ModelEstimate:
+    """Size up a model from ``config.json`` and the headers of its weight files.
+
+    Raises:
+        HeadraceError: the model cannot be found or is not supported.
+    """
+    from headrace.engine.compose import fit_context
+    from headrace.loading import EMBEDDED_NAME, embedded_model
+    from headrace.models.base import find_architecture
+    from headrace.weights.hub import resolve_model
+    from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
+
+    if config.model is None:
+        directory = embedded_model()
+    else:
+        directory = resolve_model(config.model, config.revision, config.download_dir)
+    checkpoint = SafetensorsCheckpoint(directory)
+    architecture = find_architecture(checkpoint.config)
+    context = architecture.shape(checkpoint.config).context
+    dtype = device.choose_dtype("float32" if config.reference else config.dtype, checkpoint.dtype)
+    layout = architecture.cache_layout(checkpoint.config, dtype, config.block_size)
+    num_parameters = _count_parameters(directory)
+    weight_bytes = num_parameters * ITEM_BYTES[dtype]
+    free = device.free_memory()
+    room = config.kv_cache_memory_bytes
+    if room is None:
+        room = int(max(0, free - weight_bytes) * config.memory_utilization)
+    num_pages = room // layout.page_bytes
+    max_model_len, problem = 0, None
+    try:
+        max_model_len = fit_context(config, layout, num_pages, context)
+    except ConfigurationError as error:
+        problem = str(error)
+    if weight_bytes > free:
+        problem = (
+            f"the weights take {show_bytes(weight_bytes)} and only {show_bytes(free)} are free; "
+            "use a smaller model or free memory"
+        )
+    return ModelEstimate(
+        name=config.model or EMBEDDED_NAME,
+        architecture=str(checkpoint.config["model_type"]),
+        num_parameters=num_parameters,
+        stored_dtype=checkpoint.dtype,
+        dtype=dtype,
+        weight_bytes=weight_bytes,
+        kv_token_bytes=int(layout.token_bytes),
+        context=context,
+        cached_tokens=num_pages // len(layout.groups) * layout.block_size,
+        max_model_len=max_model_len,
+        problem=problem,
+    )
+
+
+def _count_parameters(directory: Path) -> int:
+    from safetensors import safe_open
+
+    sizes: dict[str, int] = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="numpy") as file:
+            names = file.keys()
+            sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in names}
+    return sum(sizes.values())
+
+
+def _machine_rows(machine: Machine) -> list[tuple[str, Any]]:
     hardware = machine.hardware
     return [
         ("processor", hardware.processor),
@@ -45,14 +177,13 @@ def _machine_rows(machine: Machine) -> list[tuple[str, str]]:
         ("last-level cache", show_bytes(hardware.last_level_cache)),
         ("free memory", show_bytes(hardware.available_memory)),
         ("memory bandwidth", f"{hardware.memory_bandwidth / 1e9:.1f} GB/s"),
-        ("headrace", machine.headrace),
-        ("python, torch", f"{machine.python}, {machine.torch}"),
-        ("device", machine.device),
+        ("headrace, python, torch", f"{machine.headrace}, {machine.python}, {machine.torch}"),
+        ("device", f"{machine.device}, {show_bytes(machine.device_memory)} free"),
         ("threads", str(machine.threads)),
     ]
 
 
-def _model_rows(model: ModelEstimate) -> list[tuple[str, str]]:
+def _model_rows(model: ModelEstimate) -> list[tuple[str, Any]]:
     return [
         ("architecture", model.architecture),
         ("parameters", show(model.num_parameters)),
@@ -61,10 +192,46 @@ def _model_rows(model: ModelEstimate) -> list[tuple[str, str]]:
         ("KV cache per token", show_bytes(model.kv_token_bytes)),
         ("tokens that fit the KV cache", show(model.cached_tokens)),
         ("context", f"{show(model.max_model_len)} of {show(model.context)} tokens"),
-        ("decoding one sequence", _decode_bound(model)),
     ]
 
 
-def _decode_bound(model: ModelEstimate) -> str:
-    bound = model.decode_tokens_per_second
-    return "not bound by memory" if bound is None else f"at most {show(bound)} tok/s"
+def machine_advice(machine: Machine) -> Iterator[str]:
+    """What is missing on the machine or slow, and what to do about it."""
+    hardware = machine.hardware
+    if hardware.cores < machine.machine_cores:
+        yield (
+            f"Only {hardware.cores} of the machine's {machine.machine_cores} cores may be used; "
+            "raise the container's CPU quota or the process's affinity."
+        )
+    if machine.threads > hardware.cores:
+        yield (
+            f"{machine.threads} threads on {hardware.cores} usable cores get in each other's "
+            f"way; use --threads {hardware.cores}."
+        )
+    if machine.device != "cpu":
+        return
+    if host.has_gpu_driver():
+        yield "A GPU driver is installed but this torch sees no GPU; install torch's GPU build."
+    if hardware.memory_bandwidth < SLOW_BANDWIDTH:
+        yield (
+            f"Memory reads at only {hardware.memory_bandwidth / 1e9:.1f} GB/s, which bounds "
+            "decoding; look for other programs that use it."
+        )
+    if not {"avx512_bf16", "amx_bf16"} & set(hardware.isa):
+        yield (
+            "The processor has no bfloat16 instructions: half-precision models are computed in "
+            "float32, with twice the memory and half the decoding speed."
+        )
+    elif "amx_bf16" not in hardware.isa:
+        yield "The processor has no AMX: prompts are processed several times slower than with it."
+
+
+def model_advice(model: ModelEstimate) -> Iterator[str]:
+    """What keeps the model from running well, and what to do about it."""
+    if model.problem is not None:
+        yield f"The model cannot start: {model.problem}."
+    elif model.max_model_len < model.context:
+        yield (
+            f"The context is cut from {show(model.context)} to {show(model.max_model_len)} "
+            "tokens; --kv-cache-memory or --memory-utilization give it more room."
+        )

@@ -10,8 +10,8 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from types import MappingProxyType, NoneType
+from dataclasses import dataclass, fields
+from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -19,9 +19,7 @@ import typer
 from headrace.config import EngineConfig
 from headrace.contracts.sampling import SamplingParams
 
-Command = Callable[..., None]
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
@@ -34,14 +32,27 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * 2 ** _UNITS[match[2]])
 
 
+def meanings(cls: type[Any]) -> dict[str, str]:
+    """Field -> meaning, from the ``Args`` of a dataclass's docstring.
+
+    An entry may name several fields; a field without an entry is explained in one that quotes it.
+    """
+    text = inspect.getdoc(cls) or ""
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+    entries = re.findall(
+        r"^ {4}(\w[\w, ]*): (.*(?:\n {8}.*)*)", section[1] if section else "", re.MULTILINE
+    )
+    found = {
+        name: " ".join(meaning.split()) for names, meaning in entries for name in names.split(", ")
+    }
+    for name in {field.name for field in fields(cls)} - found.keys():
+        found[name] = next(f"see ``{other}``" for other in found if f"``{name}``" in found[other])
+    return found
+
+
 @dataclass(frozen=True)
 class OptionSet:
-    """The options of one dataclass.
-
-    Args:
-        dataclass: whose constructor checks the values.
-        parameters: one keyword-only parameter per option, ``None`` when it is not given.
-    """
+    """The options of a dataclass: one keyword-only parameter each, ``None`` when not given."""
 
     dataclass: type[Any]
     parameters: Mapping[str, inspect.Parameter]
@@ -57,31 +68,21 @@ class OptionSet:
         return given
 
 
-def meanings(cls: type) -> dict[str, str]:
-    """Field -> meaning, from the ``Args`` of a docstring; an entry may name several fields."""
-    text = inspect.getdoc(cls) or ""
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
-    entries = re.findall(
-        r"^ {4}(\w[\w, ]*): (.*(?:\n {8}.*)*)", section[1] if section else "", re.MULTILINE
-    )
-    return {
-        name: " ".join(meaning.split()) for names, meaning in entries for name in names.split(", ")
-    }
-
-
 def option_set(
     cls: type[Any],
     panel: str,
     *,
-    names: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    flags: Mapping[str, str] | None = None,
+    argument: str | None = None,
     without: Sequence[str] = (),
 ) -> OptionSet:
     """Make options of a dataclass's fields.
 
     Args:
         panel: heading in the help.
-        names: flags of fields that are not simply ``--field-name`` (and ``--no-field-name`` to
-            switch off what is on).
+        flags: of fields that are not simply ``--field-name`` (and ``--no-field-name`` to switch
+            off what is on), separated by spaces.
+        argument: the field that is given by its place instead of by a flag.
         without: fields that are no options.
     """
     hints, meaning = get_type_hints(cls), meanings(cls)
@@ -89,18 +90,23 @@ def option_set(
     for field in fields(cls):
         if field.name in without:
             continue
-        default = field.default
-        help = meaning.get(field.name, "").replace("if ``None``", "if not given").replace("``", "")
-        flag = f"--{field.name.replace('_', '-')}"
-        flags = (f"{flag}/--no-{flag[2:]}",) if default is True else (flag,)
-        option = typer.Option(
-            *names.get(field.name, flags),
-            help=help + ("" if default in (None, True, False) else f" ({default})"),
-            rich_help_panel=panel,
-            show_default=False,
-            parser=parse_bytes if field.name.endswith("_bytes") else None,
-            metavar="SIZE" if field.name.endswith("_bytes") else None,
-        )
+        help = meaning[field.name].replace("if ``None``", "if not given").replace("``", "")
+        if field.default not in (None, True, False):
+            help += f" ({field.default})"
+        option: Any
+        if field.name == argument:
+            option = typer.Argument(help=help, show_default=False)
+        else:
+            name = field.name.replace("_", "-")
+            usual = f"--{name}/--no-{name}" if field.default is True else f"--{name}"
+            option = typer.Option(
+                *(flags or {}).get(field.name, usual).split(),
+                help=help,
+                rich_help_panel=panel,
+                show_default=False,
+                parser=parse_bytes if field.name.endswith("_bytes") else None,
+                metavar="SIZE" if field.name.endswith("_bytes") else None,
+            )
         parameters[field.name] = inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
@@ -119,20 +125,13 @@ def _option_type(hint: Any) -> Any:
     return kinds[0] | None
 
 
-def _argument(parameter: inspect.Parameter) -> inspect.Parameter:
-    """The same parameter, given by its place instead of by a flag."""
-    kind, option = get_args(parameter.annotation)
-    argument = typer.Argument(help=option.help, show_default=False)
-    return parameter.replace(annotation=Annotated[kind, argument])
-
-
-def takes(**sets: OptionSet) -> Callable[[Command], Command]:
+def takes(**sets: OptionSet) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add option sets to a command, which receives the given fields of each under its name.
 
     Two sets may have a field of the same name: it is then one option, and both receive it.
     """
 
-    def decorate(command: Command) -> Command:
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         own = {
             name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -155,21 +154,14 @@ def takes(**sets: OptionSet) -> Callable[[Command], Command]:
     return decorate
 
 
-ENGINE = option_set(
-    EngineConfig,
-    "Engine",
-    names={
-        "model": ("--model", "-m"),
-        "kv_cache_memory_bytes": ("--kv-cache-memory",),
-        "enable_prefix_caching": ("--prefix-caching/--no-prefix-caching",),
-        "num_threads": ("--threads",),
-    },
-)
-ENGINE_OF_MODEL = replace(
-    ENGINE, parameters={**ENGINE.parameters, "model": _argument(ENGINE.parameters["model"])}
-)
-"""The same with the model as an argument in place of an option."""
-
+_ENGINE_FLAGS = {
+    "model": "--model -m",
+    "kv_cache_memory_bytes": "--kv-cache-memory",
+    "enable_prefix_caching": "--prefix-caching/--no-prefix-caching",
+    "num_threads": "--threads",
+}
+ENGINE = option_set(EngineConfig, "Engine", flags=_ENGINE_FLAGS)
+ENGINE_OF_MODEL = option_set(EngineConfig, "Engine", flags=_ENGINE_FLAGS, argument="model")
 SAMPLING = option_set(
     SamplingParams,
     "Sampling",

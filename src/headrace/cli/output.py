@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+Face = TypeVar("Face")
+
+Table = tuple[str, Sequence[str], Sequence[Sequence[Any]]]
+"""Title, headings and rows; the first cell of a row names it."""
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON value on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table on stdout; the first column names the row, numbers stand to the right."""
+def report(result: Any, *tables: Table, as_json: bool) -> None:
+    """Print ``result`` as one JSON object, or the tables that show it to people."""
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
-    table = Table()
-    for index, column in enumerate(columns):
-        numeric = all(isinstance(row[index], (int, float)) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(show(cell) for cell in row))
     console = Console(markup=False, highlight=False)
-    console.print(title, style="bold")
-    console.print(table)
+    for title, columns, rows in tables:
+        table = RichTable()
+        for index, column in enumerate(columns):
+            numeric = all(isinstance(row[index], (int, float)) for row in rows)
+            table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(show, row))
+        console.print(title, style="bold")
+        console.print(table)
+
+
+def rows_of(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Rows of a two-column table of those values that are numbers."""
+    numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    return [(name.replace("_", " "), value) for name, value in numbers.items()]
 
 
 def note(text: str) -> None:
@@ -36,30 +46,25 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def working(text: str) -> Iterator[None]:
-    """Show on stderr that something is under way, when a person is watching."""
-    if not sys.stderr.isatty():
-        yield
-        return
+def progress(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr when a person is watching; it moves when told what is done, and of how much.
+
+    Until then it only shows that something is under way.
+    """
     from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    with Console(stderr=True).status(text):
-        yield
-
-
-@contextmanager
-def loading() -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr for ``progress`` of LLM, when a person is watching."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    columns = (TextColumn("loading the model"), BarColumn(), DownloadColumn(binary_units=True))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console, hidden = Console(stderr=True), not sys.stderr.isatty()
+    columns = (TextColumn(text), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def load(face: Callable[..., Face], engine: Mapping[str, Any]) -> Face:
+    """An ``LLM`` or ``AsyncLLM`` of these options, with a progress bar."""
+    with progress("loading the model") as advance:
+        return face(**engine, progress=advance)
 
 
 def show(value: Any) -> str:

@@ -79,8 +79,6 @@ def attention_layout(
     *, layers: int, kv_heads: int, head_dim: int, dtype: str, block_size: int
 ) -> CacheLayout:
     """One group for a model whose layers all hold plain keys and values."""
-    planes = tuple(
-        PlaneSpec(name, "slot", kv_heads, head_dim, dtype) for name in ("key", "value")
-    )
+    planes = tuple(PlaneSpec(name, "slot", kv_heads, head_dim, dtype) for name in ("key", "value"))
     group = CacheGroup(tuple(range(layers)), (planes,) * layers)
     return CacheLayout(block_size, (group,))

@@ -27,18 +27,20 @@ class SamplingParams:
             0 generates nothing (useful with ``prompt_logprobs``).
         min_tokens: end-of-sequence and stop tokens cannot be sampled before this many tokens.
         temperature: 0 is greedy.
-        top_p, top_k, min_p: truncation; 1, 0 (or -1) and 0 switch them off.
+        top_p: keep the likeliest tokens that together have this probability; 1 keeps all.
+        top_k: keep this many of the likeliest tokens; 0 or -1 keeps all.
+        min_p: keep tokens at least this many times as likely as the likeliest; 0 keeps all.
         repetition_penalty: > 0; divides positive logits (multiplies negative ones) of tokens
             seen in prompt or output (CTRL, section 4.1).
         presence_penalty, frequency_penalty: in [-2, 2], subtracted per output token seen.
         logit_bias: token id -> addend in [-100, 100].
         seed: makes sampling of this request reproducible; its draws depend on nothing else.
-        stop: strings that end the generation (kept out of the text unless
-            ``include_stop_str_in_output``).
+        stop: strings that end the generation.
         stop_token_ids: token ids that end it.
         ignore_eos: go on past the end-of-sequence token.
         logprobs: number of alternatives to report for each generated token, beside its own.
         prompt_logprobs: the same for the prompt's tokens.
+        include_stop_str_in_output: let the text end with the stop string or end token.
         skip_special_tokens: leave special tokens out of the text.
         detokenize: produce text at all.
 
@@ -185,4 +187,6 @@ def _number(field: str, value: object, low: float, high: float, above: bool = Fa
     inside = (low < value if above else low <= value) and value <= high
     if not math.isfinite(value) or not inside:
         edge = "above" if above else "at least"
-        raise InvalidRequestError(field, f"must be {edge} {low:g} and at most {high:g}, got {value}")
+        raise InvalidRequestError(
+            field, f"must be {edge} {low:g} and at most {high:g}, got {value}"
+        )

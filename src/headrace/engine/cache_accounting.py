@@ -146,9 +146,7 @@ class CacheAccounting:
             key = tuple(sequence.token_ids[start : start + size])
             if self._share:
                 parent = (
-                    sequence.runs[-1]
-                    if sequence.runs
-                    else self.tree.root(sequence.request.profile)
+                    sequence.runs[-1] if sequence.runs else self.tree.root(sequence.request.profile)
                 )
                 run = self.tree.insert(parent, key, pages)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import Request, Sequence, Status
 from headrace.errors import InvalidRequestError, OverloadedError
 
+_log = logging.getLogger(__name__)
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
 
@@ -128,6 +130,8 @@ class Engine:
         """
         if request_id in self._requests:
             raise InvalidRequestError("request_id", f"{request_id!r} is already running")
+        if not isinstance(priority, int):
+            raise InvalidRequestError("priority", f"must be an integer, got {priority!r}")
         max_tokens = self.check_request(prompt_token_ids, params)
         if self.queue_is_full:
             raise OverloadedError(
@@ -153,7 +157,7 @@ class Engine:
             for sequence in list(request.sequences):
                 self._finish(sequence, self._update(sequence, []), "length")
         else:
-            self.scheduler.waiting.add(request.sequences[0])
+            self.scheduler.enqueue(request.sequences[0])
 
     @property
     def queue_is_full(self) -> bool:
@@ -186,6 +190,7 @@ class Engine:
                 ticket = self.runner.submit(plan, self.scheduler.accounting.tables)
                 result = self.runner.collect(ticket)
             except Exception as error:
+                _log.exception("a step of %d rows failed", len(plan.rows))
                 self._fail_rows(plan, f"{type(error).__name__}: {error}")
             else:
                 self._commit_timed(plan, result, planned - started)
@@ -241,12 +246,9 @@ class Engine:
                 self.scheduler.accounting.fork(parent, child)
                 self.scheduler.start(child)
             else:
-                child.status = Status.WAITING
-                self.scheduler.waiting.add(child)
+                self.scheduler.enqueue(child)
 
-    def _append_token(
-        self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None
-    ) -> None:
+    def _append_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         request, state = sequence.request, sequence.state
         if request.metrics.first_token_time is None:
             request.metrics.first_token_time = self.clock.now()
@@ -254,15 +256,18 @@ class Engine:
         state.output_token_ids.append(token)
         self._counts["generation_tokens"] += 1
         update = self._update(sequence, [token])
+        if sequence.index == 0 and len(state.output_token_ids) == 1:
+            update.prompt_logprobs = request.prompt_logprobs
         if logprobs is not None:
             update.logprobs = [logprobs]
-        if sequence.text is not None:
+        ends = token in state.end_token_ids
+        if sequence.text is not None and (not ends or state.params.include_stop_str_in_output):
             update.text = sequence.text.push(token)
             if sequence.text.stopped_by is not None:
                 update.stop_reason = sequence.text.stopped_by
                 self._finish(sequence, update, "stop")
                 return
-        if token in state.end_token_ids:
+        if ends:
             update.stop_reason = token if token in state.params.stop_ids else None
             self._finish(sequence, update, "stop")
         elif len(state.output_token_ids) >= request.max_tokens:
@@ -295,7 +300,8 @@ class Engine:
             request.metrics.finished_time = self.clock.now()
             update.request_finished = True
             update.metrics = request.metrics
-            update.prompt_logprobs = request.prompt_logprobs
+            if request.max_tokens == 0:
+                update.prompt_logprobs = request.prompt_logprobs
             del self._requests[request.request_id]
         self._ready.append(update)
 
@@ -335,7 +341,7 @@ class Engine:
         self.scheduler.accounting.check_integrity(running)
         scheduled = {s.number for s in (*running, *self.scheduler.waiting)}
         for sequence in self._sequences.values():
-            queued = sequence.status is not Status.UNFORKED
+            queued = sequence.status is not Status.NEW
             if queued != (sequence.number in scheduled):
                 raise AssertionError(f"sequence {sequence.number} is lost")
             if sequence.num_pending < 1 and sequence.request.max_tokens > 0:

@@ -110,7 +110,10 @@ class PrefixTree:
 
     def check_integrity(self, users: dict[SealedRun, int]) -> None:
         """Compare user counts with ``users``, counted from the sequences, and the idle queue."""
-        for run in self.runs():
+        runs = self.runs()
+        if len(self._idle) != sum(run.users == 0 for run in runs):
+            raise AssertionError("the idle queue and the tree disagree")
+        for run in runs:
             if run.users != users.get(run, 0):
                 raise AssertionError(f"run of pages {run.pages}: {run.users} users, not counted")
             if (run.users == 0) != (run in self._idle):

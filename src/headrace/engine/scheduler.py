@@ -67,9 +67,10 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """The next step; empty when nothing can run."""
         plan = StepPlan()
+        self._overtake(now)
         budget = self.policy.budget(self.running.items, self.limit)
         singles = sum(sequence.num_pending == 1 for sequence in self.running)
-        spare = max(0, budget.tokens - singles)
+        spare = max(1, budget.tokens - singles)
         left = budget.tokens
         for sequence in list(self.running):
             if len(plan.rows) >= budget.rows or left == 0:
@@ -77,7 +78,7 @@ class Scheduler:
             if sequence.status is not Status.RUNNING:
                 continue
             single = sequence.num_pending == 1
-            count = self._schedule(sequence, 1 if single else spare, plan)
+            count = self._schedule(sequence, min(left, 1 if single else spare), plan)
             spare -= 0 if single else count
             left -= count
         self._admit(plan, budget.rows, left, now)
@@ -100,28 +101,43 @@ class Scheduler:
         """Take a running sequence's pages; it waits, and its known tokens are fed again."""
         self.running.remove(sequence)
         self.accounting.release(sequence)
-        sequence.status = Status.WAITING
         sequence.request.metrics.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.add(sequence)
+        self.enqueue(sequence)
+
+    def _overtake(self, now: float) -> None:
+        """Start waiting sequences that running ones must give way to.
+
+        It comes before any row is planned, since a planned sequence cannot lose its pages.
+        """
+        while self.waiting and self.running:
+            first, last = self.waiting.items[0], self.running.items[-1]
+            if not self.policy.overtakes(first, last):
+                return
+            if not self._start_waiting(first, now):
+                self.preempt(last)
 
     def _admit(self, plan: StepPlan, rows: int, tokens: int, now: float) -> None:
         """Start waiting sequences, in order, while there is room of every kind."""
-        reserve = int(self.accounting.pool.num_pages * ADMISSION_RESERVE)
         while self.waiting and len(plan.rows) < rows and tokens > 0:
             sequence = self.waiting.items[0]
-            runs = self.accounting.match(sequence)
-            needed = self.accounting.pages_to_admit(sequence, runs)
-            spare = reserve if self.running else 0
-            if not self.accounting.num_free_rows or needed + spare > self.accounting.num_available:
-                if not self._overtake(sequence, plan):
-                    return
-                continue
-            self.waiting.remove(sequence)
-            self.accounting.admit(sequence, runs)
-            self.start(sequence)
-            self._note_first_admission(sequence, now)
+            if not self._start_waiting(sequence, now):
+                return
             tokens -= self._schedule(sequence, tokens, plan)
+
+    def _start_waiting(self, sequence: Sequence, now: float) -> bool:
+        """Give a waiting sequence a table row and cached pages, if all its tokens have room."""
+        runs = self.accounting.match(sequence)
+        needed = self.accounting.pages_to_admit(sequence, runs)
+        if self.running:
+            needed += int(self.accounting.pool.num_pages * ADMISSION_RESERVE)
+        if not self.accounting.num_free_rows or needed > self.accounting.num_available:
+            return False
+        self.waiting.remove(sequence)
+        self.accounting.admit(sequence, runs)
+        self.start(sequence)
+        self._note_first_admission(sequence, now)
+        return True
 
     def _note_first_admission(self, sequence: Sequence, now: float) -> None:
         metrics = sequence.request.metrics
@@ -131,16 +147,10 @@ class Scheduler:
             self.prefix_query_tokens += len(sequence.token_ids)
             self.prefix_hit_tokens += sequence.num_fed
 
-    def _overtake(self, sequence: Sequence, plan: StepPlan) -> bool:
-        """Preempt one running sequence that has no row in the plan yet and must give way."""
-        planned = {row.sequence for row in plan.rows}
-        for running in reversed(self.running.items):
-            if not self.policy.overtakes(sequence, running):
-                return False
-            if running.number not in planned:
-                self.preempt(running)
-                return True
-        return False
+    def enqueue(self, sequence: Sequence) -> None:
+        """Let a sequence that holds no pages wait for them."""
+        sequence.status = Status.WAITING
+        self.waiting.add(sequence)
 
     def start(self, sequence: Sequence) -> None:
         """Count a sequence that was given pages among the running."""
@@ -168,10 +178,10 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
     request = sequence.request
     samples: list[SampleState] = []
     if end == len(known) and request.max_tokens > 0:
-        parted = bool(sequence.state.output_token_ids) or sequence.index > 0
+        parted = bool(sequence.state.output_token_ids)
         samples = [sequence.state] if parted else [s.state for s in request.sequences]
     score_ids: list[int] = []
-    if request.prompt_logprobs is not None and end >= len(request.prompt_logprobs):
+    if request.num_unscored and end + request.num_unscored >= len(request.prompt_token_ids):
         score_ids = request.prompt_token_ids[start + 1 : end + 1]
     return PlanRow(
         sequence=sequence.number,

@@ -15,10 +15,10 @@ from headrace.engine.prefix_tree import SealedRun
 class Status(Enum):
     """Where a sequence is. Only RUNNING ones hold pages and a table row.
 
-    UNFORKED: its sibling is still computing the prompt that both share.
+    NEW: not queued; siblings stay so while the first of them computes the prompt they share.
     """
 
-    UNFORKED = "unforked"
+    NEW = "new"
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -111,7 +111,7 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.state = state
         self.text = text
-        self.status = Status.WAITING if index == 0 else Status.UNFORKED
+        self.status = Status.NEW
         self.table_row = -1
         self.runs: list[SealedRun] = []
         self.tail: list[list[int]] = []

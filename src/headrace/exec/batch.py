@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.contracts.step import PageTables, PlanRow
 from headrace.kv.arena import KVArena
-from headrace.ops.paged import RowShape
+from headrace.ops.paged import StepShape
 from headrace.ops.table import Ops
 
 
@@ -51,12 +51,13 @@ class BatchBuilder:
     def _batch(self, rows: Sequence[PlanRow], tables: PageTables) -> ForwardBatch:
         ids = [token for row in rows for token in row.input_ids]
         positions = [position for row in rows for position in row.positions]
+        lengths = np.array([len(row.input_ids) for row in rows])
+        past = np.array([row.slot for row in rows])
+        used = [row.table_row for row in rows]
+        pages = self._arena.layout.pages_for(int((past + lengths).max()))
         plans = [
             self._ops.attention.plan(
-                [
-                    RowShape(len(row.input_ids), row.slot, tables[group, row.table_row])
-                    for row in rows
-                ],
+                StepShape(lengths, past, tables[group, used, :pages]),
                 self._arena.group_plane(group),
             )
             for group in self._groups

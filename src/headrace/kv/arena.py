@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from headrace.contracts.cache import CacheLayout, PlaneSpec
 from headrace.ops.device import DTYPES

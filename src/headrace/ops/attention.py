@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,12 +11,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from headrace.ops.paged import Attention, PagedPlane, RowShape, slot_rows
+from headrace.ops.paged import Attention, PagedPlane, StepShape
 from headrace.ops.reference import merge_attention
 
-DenseKernel = Callable[[Tensor, Tensor, Tensor, float, "Tensor | None", bool], tuple[Tensor, Tensor]]
+DenseKernel = Callable[
+    [Tensor, Tensor, Tensor, float, "Tensor | None", bool], tuple[Tensor, Tensor]
+]
 """(q, k, v, scale, additive mask, causal) -> (out, log-sum-exp); ``[B, heads, T, width]``, with
 fewer heads in k and v than in q where queries share them."""
+
+_SCORES_AT_ONCE = 1 << 26
+"""Scores that the matmul kernel holds: longer chunks go in parts, so that memory is bounded."""
 
 
 def flash_kernel(
@@ -32,19 +37,35 @@ def flash_kernel(
 def matmul_kernel(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Two batched matrix products with an explicit softmax between them, on any device."""
-    groups = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(groups, dim=1)
-    v = v.repeat_interleave(groups, dim=1)
-    scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
-    if mask is not None:
-        scores = scores + mask
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -math.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.unsqueeze(-1))
-    return torch.matmul(weights.to(v.dtype), v), lse
+    """Batched matrix products with an explicit softmax between them, on any device."""
+    batch, heads, length, _ = q.shape
+    count = max(1, _SCORES_AT_ONCE // (batch * heads * k.shape[2]))
+    outs, lses = [], []
+    for start in range(0, length, count):
+        part = q[:, :, start : start + count]
+        seen = start + part.shape[2] if causal else k.shape[2]
+        scores = _scores(part, k[:, :, :seen]).mul_(scale)
+        if mask is not None:
+            scores += mask
+        if causal:
+            future = torch.ones(part.shape[2], seen, dtype=torch.bool, device=q.device)
+            scores.masked_fill_(future.triu_(start + 1), -math.inf)
+        lse = torch.logsumexp(scores, dim=-1)
+        weights = scores.sub_(lse.unsqueeze(-1)).exp_().to(v.dtype)
+        by_kv_head = weights.view(batch, v.shape[1], -1, seen)
+        outs.append(torch.matmul(by_kv_head, v[:, :, :seen]).view(*part.shape))
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """``[B, heads, T, S]`` in fp32: in half precision, scores would be off by too much.
+
+    The queries that share a KV head go through one product.
+    """
+    batch, heads, length, width = q.shape
+    by_kv_head = q.reshape(batch, k.shape[1], -1, width).float()
+    return torch.matmul(by_kv_head, k.float().transpose(-1, -2)).view(batch, heads, length, -1)
 
 
 @dataclass(slots=True)
@@ -102,59 +123,57 @@ class PagedAttention(Attention[PagedPlan]):
     def __init__(self, kernel: DenseKernel, device: str, dtype: torch.dtype) -> None:
         self._kernel = kernel
         self._device = device
-        self._dtype = dtype
+        self._seen, self._hidden = torch.tensor([0.0, -math.inf], dtype=dtype, device=device)
 
     def _tensor(self, array: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
-    def plan(self, rows: Sequence[RowShape], plane: PagedPlane) -> PagedPlan:
-        plan = PagedPlan(self._tensor(slot_rows(rows, plane)))
-        buckets: dict[int, list[tuple[int, RowShape]]] = {}
-        start = 0
-        for row in rows:
-            if row.length == 1:
-                bucket = (row.past // plane.block_size).bit_length()
-                buckets.setdefault(bucket, []).append((start, row))
-            else:
-                self._add_chunk(plan.chunks, row, start, plane)
-            start += row.length
-        plan.singles = [self._single_queries(bucket, plane) for bucket in buckets.values()]
+    def plan(self, shape: StepShape, plane: PagedPlane) -> PagedPlan:
+        plan = PagedPlan(self._tensor(shape.slots(plane)))
+        starts = np.cumsum(shape.lengths) - shape.lengths
+        for row in np.flatnonzero(shape.lengths > 1).tolist():
+            self._add_chunk(plan.chunks, shape, row, int(starts[row]), plane)
+        single = np.flatnonzero(shape.lengths == 1)
+        bit_lengths = np.frexp(shape.past[single] // plane.block_size)[1]
+        for bits in sorted(set(bit_lengths.tolist())):
+            rows = single[bit_lengths == bits]
+            plan.singles.append(self._single_queries(shape, rows, starts[rows], plane))
         return plan
 
     def _add_chunk(
-        self, chunks: list[QueryChunks], row: RowShape, start: int, plane: PagedPlane
+        self, chunks: list[QueryChunks], shape: StepShape, row: int, start: int, plane: PagedPlane
     ) -> None:
+        length, past = int(shape.lengths[row]), int(shape.past[row])
         last = chunks[-1] if chunks else None
         if (
             last is not None
-            and last.past == row.past == 0
-            and last.length == row.length
+            and last.past == past == 0
+            and last.length == length
             and last.start + last.count * last.length == start
         ):
             last.count += 1
             return
-        pages = self._tensor(row.pages(row.past, plane)) if row.past else None
-        chunks.append(QueryChunks(start, 1, row.length, row.past, pages))
+        pages = self._tensor(shape.pages(row, past, plane)) if past else None
+        chunks.append(QueryChunks(start, 1, length, past, pages))
 
     def _single_queries(
-        self, bucket: list[tuple[int, RowShape]], plane: PagedPlane
+        self,
+        shape: StepShape,
+        rows: npt.NDArray[np.int64],
+        starts: npt.NDArray[np.int64],
+        plane: PagedPlane,
     ) -> SingleQueries:
-        lengths = np.array([row.past + 1 for _, row in bucket])
+        lengths = shape.past[rows] + 1
         longest = int(lengths.max())
-        count = -(-longest // plane.block_size)
-        pages = np.empty((len(bucket), count), dtype=np.int64)
-        for index, (_, row) in enumerate(bucket):
-            own = row.pages(row.past + 1, plane)
-            pages[index, : len(own)] = own
-            pages[index, len(own) :] = own[-1]
+        own_last = (lengths - 1) // plane.block_size
+        columns = np.minimum(np.arange(own_last.max() + 1), own_last[:, None])
+        pages = shape.tables[rows[:, None], columns].astype(np.int64) * plane.stride
         mask = None
         if (lengths != longest).any():
-            beyond = np.arange(longest)[None, :] >= lengths[:, None]
-            zeros = torch.zeros(len(bucket), 1, 1, longest, dtype=self._dtype)
-            mask = zeros.masked_fill_(torch.from_numpy(beyond)[:, None, None], -math.inf)
-            mask = mask.to(self._device, non_blocking=True)
-        queries = self._tensor(np.array([place for place, _ in bucket]))
-        return SingleQueries(queries, self._tensor(pages.reshape(-1)), mask, longest)
+            places = torch.arange(longest, device=self._device)
+            own = places < self._tensor(lengths.reshape(-1, 1, 1, 1))
+            mask = torch.where(own, self._seen, self._hidden)
+        return SingleQueries(self._tensor(starts), self._tensor(pages.reshape(-1)), mask, longest)
 
     def attend(
         self,

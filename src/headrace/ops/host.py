@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,58 +23,40 @@ def available_memory(root: Path = ROOT) -> int:
 
     File cache that the kernel can drop counts as free.
     """
-    room = [_machine_memory(root)]
-    room.extend(_memory_room(group) for group in _groups(root, "memory"))
-    return max(0, min(room))
+    kilobytes = _number(_field(root / "proc/meminfo", "MemAvailable"))
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = physical if kilobytes is None else kilobytes * 1024
+    return max(0, min([room, *map(_memory_room, _groups(root, "memory"))]))
 
 
 def usable_cores(root: Path = ROOT) -> int:
     """Cores this process may keep busy: its affinity, cut to the control groups' quota."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    quotas = [_core_quota(group) for group in _groups(root, "cpu")]
-    return max(1, min([cores, *(math.ceil(quota) for quota in quotas if quota is not None)]))
+    return max(1, math.ceil(min([cores, *map(_core_quota, _groups(root, "cpu"))])))
 
 
 def isa_features(root: Path = ROOT) -> frozenset[str]:
     """The processor's feature flags as the kernel spells them ("avx512_vnni", "amx_bf16", ...)."""
-    flags = _cpu_field(root, "flags") or _cpu_field(root, "Features")
-    return frozenset(flags.split())
+    info = root / "proc/cpuinfo"
+    return frozenset((_field(info, "flags") or _field(info, "Features")).split())
 
 
 def cpu_name(root: Path = ROOT) -> str:
     """The processor's name."""
-    return _cpu_field(root, "model name") or "unknown processor"
+    return _field(root / "proc/cpuinfo", "model name") or "unknown processor"
 
 
 def last_level_cache(root: Path = ROOT) -> int:
     """Bytes of the largest cache of the first core; 0 when the kernel does not say."""
     sizes = (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    texts = [path.read_text().strip() for path in sizes]
-    return max(
-        (int(text[:-1]) * units[text[-1]] for text in texts if text[-1:] in units), default=0
-    )
+    units = {"K": 10, "M": 20}
+    texts = [_text(path).strip() for path in sizes]
+    return max((int(text[:-1]) << units[text[-1]] for text in texts if text), default=0)
 
 
 def has_gpu_driver(root: Path = ROOT) -> bool:
     """Whether the kernel runs a GPU driver that torch could use."""
     return any((root / path).exists() for path in ("proc/driver/nvidia/version", "dev/kfd"))
-
-
-def _machine_memory(root: Path) -> int:
-    for line in _text(root / "proc/meminfo").splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cpu_field(root: Path, field: str) -> str:
-    for line in _text(root / "proc/cpuinfo").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == field:
-            return value.strip()
-    return ""
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
@@ -102,32 +85,24 @@ def _memory_room(group: Path) -> int:
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        limit = _integer(_text(group / limit_name))
+        limit = _number(_text(group / limit_name))
         if limit is not None and limit < _UNLIMITED:
-            usage = _integer(_text(group / usage_name)) or 0
-            return limit - usage + _statistic(group / "memory.stat", cache_name)
+            cache = _number(_field(group / "memory.stat", cache_name)) or 0
+            return limit - (_number(_text(group / usage_name)) or 0) + cache
     return _UNLIMITED
 
 
-def _core_quota(group: Path) -> float | None:
-    """Cores' worth of time a group may use, or ``None`` when it is not limited."""
-    fields = _text(group / "cpu.max").split()
-    if len(fields) == 2:
-        quota, period = _integer(fields[0]), _integer(fields[1])
-    else:
-        quota = _integer(_text(group / "cpu.cfs_quota_us"))
-        period = _integer(_text(group / "cpu.cfs_period_us"))
-    if quota is None or quota <= 0 or not period:
-        return None
-    return quota / period
+def _core_quota(group: Path) -> float:
+    """Cores' worth of time a group may use; infinite when it is not limited."""
+    v1 = f"{_text(group / 'cpu.cfs_quota_us')} {_text(group / 'cpu.cfs_period_us')}"
+    limit = re.fullmatch(r"(\d+)\s+([1-9]\d*)\s*", _text(group / "cpu.max") or v1)
+    return int(limit[1]) / int(limit[2]) if limit else math.inf
 
 
-def _statistic(path: Path, name: str) -> int:
-    for line in _text(path).splitlines():
-        key, _, value = line.partition(" ")
-        if key == name:
-            return int(value)
-    return 0
+def _field(path: Path, name: str) -> str:
+    """The value of the first line "name: value" or "name value"; empty if there is none."""
+    match = re.search(rf"^{name}(?:[ \t]*:|[ \t])[ \t]*(.*)$", _text(path), re.MULTILINE)
+    return match[1].strip() if match else ""
 
 
 def _text(path: Path) -> str:
@@ -137,8 +112,6 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _integer(text: str) -> int | None:
-    try:
-        return int(text)
-    except ValueError:
-        return None
+def _number(text: str) -> int | None:
+    match = re.match(r"\d+", text)
+    return int(match[0]) if match else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -46,39 +45,39 @@ class PagedPlane:
 
 
 @dataclass(frozen=True, slots=True)
-class RowShape:
-    """One row of a step: ``length`` queries after ``past`` slots, and its page table."""
+class StepShape:
+    """The rows of a step: each has queries at consecutive slots after its past.
 
-    length: int
-    past: int
-    table: npt.NDArray[np.int32]
+    Args:
+        lengths: queries of each row, ``[R]``, at least 1.
+        past: slots before them, ``[R]``.
+        tables: page tables, ``[R, pages]``; wide enough for the longest context.
+    """
 
-    def pages(self, slots: int, plane: PagedPlane) -> npt.NDArray[np.int64]:
-        """Rows of the plane's ``blocks`` that hold the first ``slots`` slots."""
+    lengths: npt.NDArray[np.int64]
+    past: npt.NDArray[np.int64]
+    tables: npt.NDArray[np.int32]
+
+    def pages(self, row: int, slots: int, plane: PagedPlane) -> npt.NDArray[np.int64]:
+        """Rows of the plane's ``blocks`` that hold the first ``slots`` slots of a row."""
         count = -(-slots // plane.block_size)
-        return self.table[:count].astype(np.int64) * plane.stride
+        return self.tables[row, :count].astype(np.int64) * plane.stride
 
-
-def slot_rows(rows: Sequence[RowShape], plane: PagedPlane) -> npt.NDArray[np.int64]:
-    """``[T]``: where in the plane's ``slots`` the step's keys and values go."""
-    lengths = np.array([row.length for row in rows])
-    starts = np.array([row.past for row in rows]) - (np.cumsum(lengths) - lengths)
-    slot = np.arange(lengths.sum()) + np.repeat(starts, lengths)
-    owner = np.repeat(np.arange(len(rows)), lengths)
-    page, offset = np.divmod(slot, plane.block_size)
-    tables = np.zeros((len(rows), int(page.max()) + 1), dtype=np.int64)
-    for index, row in enumerate(rows):
-        used = min(tables.shape[1], len(row.table))
-        tables[index, :used] = row.table[:used]
-    slots: npt.NDArray[np.int64] = tables[owner, page] * plane.stride * plane.block_size + offset
-    return slots
+    def slots(self, plane: PagedPlane) -> npt.NDArray[np.int64]:
+        """``[T]``: where in the plane's ``slots`` the step's keys and values go."""
+        ends = np.cumsum(self.lengths)
+        slot = np.arange(ends[-1]) + np.repeat(self.past + self.lengths - ends, self.lengths)
+        page, offset = np.divmod(slot, plane.block_size)
+        owner = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        blocks = self.tables[owner, page].astype(np.int64) * plane.stride
+        return blocks * plane.block_size + offset
 
 
 class Attention(ABC, Generic[Plan]):
     """Paged attention: ``plan`` once per step and cache group, ``attend`` once per layer."""
 
     @abstractmethod
-    def plan(self, rows: Sequence[RowShape], plane: PagedPlane) -> Plan:
+    def plan(self, shape: StepShape, plane: PagedPlane) -> Plan:
         """Arrange the rows of a step; ``plane`` is any plane of the group."""
 
     @abstractmethod

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.ops.paged import Attention, PagedPlane, RowShape, slot_rows
+from headrace.ops.paged import Attention, PagedPlane, StepShape
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -62,8 +61,7 @@ def merge_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint sets of keys.
 
-    ``out`` is ``[..., width]``, ``lse`` ``[...]`` in fp32. Ring Attention, section 3; FlashAttention,
-    algorithm 1.
+    ``out`` is ``[..., width]``, ``lse`` ``[...]`` in fp32. FlashAttention, algorithm 1.
     """
     lse = torch.logaddexp(lse_a, lse_b)
     weight_a = torch.exp(lse_a - lse).unsqueeze(-1)
@@ -73,10 +71,10 @@ def merge_attention(
 
 @dataclass(slots=True)
 class ReferencePlan:
-    """Slots to write ``[T]``; per row its shape and the pages of its whole context."""
+    """Slots to write ``[T]``; per row its queries, its context, and the pages that hold it."""
 
     slots: Tensor
-    rows: list[tuple[RowShape, Tensor]]
+    rows: list[tuple[int, int, Tensor]]
 
 
 class ReferenceAttention(Attention[ReferencePlan]):
@@ -85,12 +83,12 @@ class ReferenceAttention(Attention[ReferencePlan]):
     def __init__(self, device: str) -> None:
         self._device = device
 
-    def plan(self, rows: Sequence[RowShape], plane: PagedPlane) -> ReferencePlan:
-        planned = []
-        for row in rows:
-            pages = torch.from_numpy(row.pages(row.past + row.length, plane))
-            planned.append((row, pages.to(self._device)))
-        return ReferencePlan(torch.from_numpy(slot_rows(rows, plane)).to(self._device), planned)
+    def plan(self, shape: StepShape, plane: PagedPlane) -> ReferencePlan:
+        rows = []
+        for row, (length, past) in enumerate(zip(shape.lengths, shape.past, strict=True)):
+            pages = torch.from_numpy(shape.pages(row, past + length, plane))
+            rows.append((int(length), int(past + length), pages.to(self._device)))
+        return ReferencePlan(torch.from_numpy(shape.slots(plane)).to(self._device), rows)
 
     def attend(
         self,
@@ -106,21 +104,18 @@ class ReferenceAttention(Attention[ReferencePlan]):
         values.write(plan.slots, v)
         outs, lses = [], []
         start = 0
-        for row, pages in plan.rows:
-            context = row.past + row.length
+        for length, context, pages in plan.rows:
             key = keys.gather(pages)[:context].float()
             value = values.gather(pages)[:context].float()
-            query = q[start : start + row.length].float()
+            query = q[start : start + length].float()
             out, lse = attend_causally(query, key, value, scale)
             outs.append(out.to(q.dtype))
             lses.append(lse)
-            start += row.length
+            start += length
         return torch.cat(outs), torch.cat(lses)
 
 
-def attend_causally(
-    q: Tensor, key: Tensor, value: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend_causally(q: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The last ``len(q)`` positions of a context attend to everything up to themselves.
 
     Shapes: q ``[T, heads, width]``, key and value ``[S, kv_heads, width]`` -> ``[T, heads,

@@ -64,7 +64,7 @@ def make_ops(device: Device, dtype: str, *, batch_invariant: bool = False) -> Op
     """The fastest version of each operation that ``device`` has for ``dtype``."""
     kind = DTYPES[dtype]
     fast_cpu = device.name == "cpu" and not batch_invariant
-    packed = fast_cpu and dtype == "bfloat16" and torch.backends.mkldnn.is_available()
+    packed = fast_cpu and dtype == "bfloat16" and torch_cpu.packs_weights()
     attention: Attention[Any]
     if batch_invariant:
         attention = ReferenceAttention(device.name)

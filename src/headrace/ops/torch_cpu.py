@@ -10,6 +10,12 @@ _ROWS_HINT = 16
 """oneDNN chooses the blocked layout for this many rows; it serves any number."""
 
 
+def packs_weights() -> bool:
+    """Whether oneDNN is there and multiplies bf16 on this CPU."""
+    available = torch.backends.mkldnn.is_available()
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def pack_weight(weight: Tensor) -> Tensor:
     """``[out, in]`` bf16 weight in oneDNN's blocked layout, which saves a reorder per call."""
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS_HINT)

@@ -10,18 +10,8 @@ import numpy as np
 
 from headrace.ops import host
 
-ISA_OF_INTEREST = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_int8",
-    "amx_bf16",
-    "asimd",
-    "sve",
-    "bf16",
-    "i8mm",
-)
+X86_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+ARM_FEATURES = ("asimd", "sve", "bf16", "i8mm")
 """Feature flags that decide how fast a processor multiplies matrices, as the kernel names them."""
 
 _LEAST_BUFFER = 256 << 20
@@ -32,9 +22,7 @@ class HardwareProfile:
     """The machine as this process may use it.
 
     Args:
-        processor: its name.
-        cores: cores that may be kept busy, within affinity and control groups.
-        isa: those of ``ISA_OF_INTEREST`` that it has.
+        isa: the features above that it has.
         available_memory: bytes that may still be taken.
         last_level_cache: bytes; 0 if unknown.
         memory_bandwidth: bytes per second that all cores together read.
@@ -50,17 +38,11 @@ class HardwareProfile:
 
 def probe() -> HardwareProfile:
     """Look at the machine and measure its bandwidth (about a second)."""
-    cores, cache, memory = host.usable_cores(), host.last_level_cache(), host.available_memory()
+    cores, memory, cache = host.usable_cores(), host.available_memory(), host.last_level_cache()
     features = host.isa_features()
-    size = min(max(_LEAST_BUFFER, 4 * cache), memory // 4)
-    return HardwareProfile(
-        processor=host.cpu_name(),
-        cores=cores,
-        isa=tuple(name for name in ISA_OF_INTEREST if name in features),
-        available_memory=memory,
-        last_level_cache=cache,
-        memory_bandwidth=read_bandwidth(cores, size),
-    )
+    isa = tuple(name for name in (*X86_FEATURES, *ARM_FEATURES) if name in features)
+    bandwidth = read_bandwidth(cores, min(max(_LEAST_BUFFER, 4 * cache), memory // 4))
+    return HardwareProfile(host.cpu_name(), cores, isa, memory, cache, bandwidth)
 
 
 def read_bandwidth(cores: int, size: int, rounds: int = 5) -> float:

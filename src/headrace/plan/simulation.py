@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheLayout, attention_layout
-from headrace.contracts.outputs import RequestMetrics
+from headrace.contracts.outputs import RequestMetrics, TokenLogprobs
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import (
     PageTables,
@@ -73,7 +73,11 @@ class SimRunner(Runner):
         plan, done = self._plans.pop(ticket)
         self._clock.advance_to(done)
         rows = [
-            RowResult([self._draw() for _ in row.samples], [None] * len(row.samples))
+            RowResult(
+                [self._draw() for _ in row.samples],
+                [None] * len(row.samples),
+                [TokenLogprobs(token, 0.0, 1, ()) for token in row.score_ids],
+            )
             for row in plan.rows
         ]
         return StepResult(rows)

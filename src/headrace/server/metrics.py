@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -28,48 +29,30 @@ _COUNTERS = {
     "aborted": ("headrace_requests_aborted", "Requests given up by their clients."),
     "failed": ("headrace_requests_failed", "Requests that failed while running."),
 }
-_FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-_REQUEST_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
-class EngineCollector(Collector):
-    """Reads the engine's counts when they are asked for."""
+class ServerMetrics(Collector):
+    """The metrics of one server, in a registry of their own.
+
+    Args:
+        stats: gives the engine's counts; asked for when the metrics are.
+    """
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
-
-    def collect(self) -> Iterable[Metric]:
-        stats = self._stats()
-        for field, (name, help_text) in _GAUGES.items():
-            yield GaugeMetricFamily(name, help_text, getattr(stats, field))
-        for field, (name, help_text) in _COUNTERS.items():
-            yield CounterMetricFamily(name, help_text, getattr(stats, field))
-
-
-class ServerMetrics:
-    """The metrics of one server, in a registry of their own."""
-
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(stats))
-        self._first_token = Histogram(
-            "headrace_time_to_first_token_seconds",
-            "From a request's arrival to its first token.",
-            buckets=_FIRST_TOKEN_BUCKETS,
-            registry=self._registry,
+        self._registry.register(self)
+        histogram = partial(Histogram, buckets=_SECONDS, registry=self._registry)
+        self._first_token = histogram(
+            "headrace_time_to_first_token_seconds", "From a request's arrival to its first token."
         )
-        self._per_token = Histogram(
+        self._per_token = histogram(
             "headrace_time_per_output_token_seconds",
             "Between tokens after the first, averaged over a request.",
-            buckets=_TOKEN_BUCKETS,
-            registry=self._registry,
         )
-        self._duration = Histogram(
-            "headrace_request_duration_seconds",
-            "From a request's arrival to its end.",
-            buckets=_REQUEST_BUCKETS,
-            registry=self._registry,
+        self._duration = histogram(
+            "headrace_request_duration_seconds", "From a request's arrival to its end."
         )
         self._finished = Counter(
             "headrace_completions_finished",
@@ -77,6 +60,14 @@ class ServerMetrics:
             ["finish_reason"],
             registry=self._registry,
         )
+
+    def collect(self) -> Iterable[Metric]:
+        """The engine's counts."""
+        stats = self._stats()
+        for field, (name, help_text) in _GAUGES.items():
+            yield GaugeMetricFamily(name, help_text, getattr(stats, field))
+        for field, (name, help_text) in _COUNTERS.items():
+            yield CounterMetricFamily(name, help_text, getattr(stats, field))
 
     def observe(self, output: RequestOutput) -> None:
         """Record a request that ran to its end."""
@@ -91,10 +82,6 @@ class ServerMetrics:
             later = max(len(completion.token_ids) for completion in output.outputs) - 1
             if later > 0:
                 self._per_token.observe((times.finished_time - times.first_token_time) / later)
-
-    def observe_cut(self, reason: str, completions: int) -> None:
-        """Record completions that ended by "abort" or "error"."""
-        self._finished.labels(reason).inc(completions)
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
-
-from msgspec import UNSET
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from headrace.contracts.outputs import CompletionOutput, Logprob, RequestOutput
 from headrace.contracts.sampling import SamplingParams
-from headrace.server.generation import Generation
-from headrace.server.responses import (
-    ChatChoice,
-    ChatChunkChoice,
-    ChatLogprobs,
-    CompletionChoice,
-    CompletionLogprobs,
-    Delta,
-    Envelope,
-    Message,
-    PromptLogprobs,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-    event,
-)
+from headrace.server.generation import Changes
+from headrace.server.http import event
 
 if TYPE_CHECKING:
     from headrace.text.tokenizer import Tokenizer
@@ -36,6 +20,7 @@ if TYPE_CHECKING:
 _LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not have."""
 
+Json = dict[str, Any]
 Alternatives = Mapping[int, Logprob]
 
 
@@ -53,6 +38,7 @@ class Progress:
     finished: bool = False
 
 
+@dataclass(slots=True)
 class Renderer(ABC):
     """Shows one request's outputs in one of OpenAI's formats.
 
@@ -64,198 +50,170 @@ class Renderer(ABC):
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
-
-    def __init__(
-        self, tokenizer: Tokenizer, request_id: str, model: str, params: SamplingParams
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._id = self.id_prefix + request_id
-        self._model = model
-        self._params = params
-        self._created = int(time.time())
+    tokenizer: Tokenizer
+    request_id: str
+    model: str
+    params: SamplingParams
+    created: int = field(default_factory=lambda: int(time.time()), kw_only=True)
 
     @abstractmethod
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> Envelope:
-        """The response to a request that does not stream."""
-
-    @abstractmethod
-    def part(
+    def content(
         self, prompt: int, output: RequestOutput, completion: CompletionOutput, sent: Progress
-    ) -> CompletionChoice | ChatChunkChoice:
-        """What came since ``sent``, which is brought up to date."""
+    ) -> Json:
+        """What a stream's choice says of the text and tokens that came since ``sent``."""
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> Json:
+        """The response to a request that does not stream."""
+        choices = [
+            self._choice(prompt, output, completion, Progress())
+            for prompt, output in enumerate(outputs)
+            for completion in output.outputs
+        ]
+        return self._envelope(self.whole_object) | {"choices": choices, "usage": _usage(outputs)}
 
     async def events(
-        self, generation: Generation, include_usage: bool
+        self, changes: AsyncGenerator[Changes, None], include_usage: bool
     ) -> AsyncGenerator[bytes, None]:
         """The server-sent events of a stream; those of one step come together."""
         chunk = self._envelope(self.chunk_object)
-        chunk.usage = None if include_usage else UNSET
-        progress: dict[int, Progress] = {}
-        async with aclosing(generation.changes()) as changes:
-            async for outputs in changes:
-                parts = self._new_parts(outputs, progress)
-                if parts:
-                    yield b"".join([_event(chunk, part) for part in parts])
         if include_usage:
-            chunk.choices = []
-            chunk.usage = generation.usage()
-            yield event(chunk)
+            chunk["usage"] = None
+        progress: dict[int, Progress] = {}
+        outputs: Changes = {}
+        async with aclosing(changes):
+            async for changed in changes:
+                outputs.update(changed)
+                choices = self._new_choices(changed, progress)
+                if choices:
+                    yield b"".join([event(chunk | {"choices": [each]}) for each in choices])
+        if include_usage:
+            yield event(chunk | {"choices": [], "usage": _usage(outputs.values())})
         yield b"data: [DONE]\n\n"
 
-    def _new_parts(
-        self, outputs: Mapping[int, RequestOutput], progress: dict[int, Progress]
-    ) -> list[CompletionChoice | ChatChunkChoice]:
-        parts = []
-        for prompt, output in outputs.items():
+    def _new_choices(self, changed: Changes, progress: dict[int, Progress]) -> list[Json]:
+        choices = []
+        for prompt, output in changed.items():
+            if self.params.prompt_logprobs is not None and output.prompt_logprobs is None:
+                continue  # an echo comes first, with its logprobs
             for completion in output.outputs:
                 sent = progress.setdefault(self._index(prompt, completion), Progress())
-                if self._is_news(completion, sent) and self._may_start(output):
-                    parts.append(self.part(prompt, output, completion, sent))
-        return parts
+                tokens_count = not sent.started or self.params.logprobs is not None
+                has_news = (
+                    completion.finish_reason is not None
+                    or len(completion.text) > sent.text
+                    or (tokens_count and len(completion.token_ids) > sent.tokens)
+                )
+                if has_news and not sent.finished:
+                    choices.append(self._choice(prompt, output, completion, sent))
+        return choices
 
-    def _is_news(self, completion: CompletionOutput, sent: Progress) -> bool:
-        if sent.finished:
-            return False
-        more_tokens = len(completion.token_ids) > sent.tokens
-        wants_tokens = not sent.started or self._params.logprobs is not None
-        return (
-            completion.finish_reason is not None
-            or len(completion.text) > sent.text
-            or (more_tokens and wants_tokens)
-        )
+    def _choice(
+        self, prompt: int, output: RequestOutput, completion: CompletionOutput, sent: Progress
+    ) -> Json:
+        """What came since ``sent``, which is brought up to date."""
+        content = self.content(prompt, output, completion, sent)
+        sent.text = len(completion.text)
+        sent.tokens = len(completion.token_ids)
+        sent.started = True
+        sent.finished = completion.finish_reason is not None
+        return {
+            "index": self._index(prompt, completion),
+            **content,
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
 
-    def _may_start(self, output: RequestOutput) -> bool:
-        """Whether everything is known that belongs before the first token."""
-        return True
-
-    def _envelope(self, kind: str) -> Envelope:
-        return Envelope(self._id, kind, self._created, self._model, [])
+    def _envelope(self, kind: str) -> Json:
+        return {
+            "id": self.id_prefix + self.request_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
 
     def _index(self, prompt: int, completion: CompletionOutput) -> int:
-        return prompt * self._params.n + completion.index
+        return prompt * self.params.n + completion.index
 
-    def _token_text(self, token_id: int, entry: Logprob) -> str:
-        return entry.decoded_token or self._tokenizer.token_text(token_id)
+    def _prompt_logprobs(self, output: RequestOutput) -> list[dict[int, Json] | None]:
+        """In vLLM's form."""
 
-    def _prompt_logprobs(self, output: RequestOutput) -> PromptLogprobs:
+        def shown(token_id: int, entry: Logprob) -> Json:
+            text = self.tokenizer.token_text(token_id)
+            return {"logprob": _finite(entry.logprob), "rank": entry.rank, "decoded_token": text}
+
         return [
-            None
-            if entries is None
-            else {
-                i: {
-                    "logprob": _finite(entry.logprob),
-                    "rank": entry.rank,
-                    "decoded_token": self._token_text(i, entry),
-                }
-                for i, entry in entries.items()
-            }
+            None if entries is None else {i: shown(i, entry) for i, entry in entries.items()}
             for entries in output.prompt_logprobs or ()
         ]
 
 
+@dataclass(slots=True)
 class CompletionRenderer(Renderer):
     """The format of ``/v1/completions``.
 
     Args:
         echo: the prompts' texts, to begin the completions with; ``None`` without echo.
-        prompt_logprobs: whether to report them in vLLM's form.
+        prompt_logprobs: whether a whole response reports them in vLLM's form.
     """
 
     id_prefix = "cmpl-"
     whole_object = "text_completion"
     chunk_object = "text_completion"
+    echo: Sequence[str] | None
+    prompt_logprobs: bool
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        request_id: str,
-        model: str,
-        params: SamplingParams,
-        *,
-        echo: Sequence[str] | None,
-        prompt_logprobs: bool,
-    ) -> None:
-        super().__init__(tokenizer, request_id, model, params)
-        self._echo = echo
-        self._reports_prompt = prompt_logprobs
-
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> Envelope:
-        choices = []
-        for prompt, output in enumerate(outputs):
-            for completion in output.outputs:
-                choice = self.part(prompt, output, completion, Progress())
-                if self._reports_prompt:
-                    choice.prompt_logprobs = self._prompt_logprobs(output)
-                choices.append(choice)
-        response = self._envelope(self.whole_object)
-        response.choices = choices
-        response.usage = usage
-        return response
-
-    def part(
+    def content(
         self, prompt: int, output: RequestOutput, completion: CompletionOutput, sent: Progress
-    ) -> CompletionChoice:
-        echo = None if sent.started else self._echo
+    ) -> Json:
+        echo = None if sent.started else self.echo
         text = completion.text[sent.text :]
-        logprobs = None
-        if self._params.logprobs is not None:
-            logprobs = CompletionLogprobs()
+        content: Json = {"text": text if echo is None else echo[prompt] + text, "logprobs": None}
+        if self.params.logprobs is not None:
+            entries: list[tuple[int, Alternatives | None]] = []
             if echo is not None:
-                self._add_logprobs(
-                    logprobs, output.prompt_token_ids, output.prompt_logprobs or (), sent
-                )
+                entries += zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True)
             new = slice(sent.tokens, None)
-            self._add_logprobs(
-                logprobs, completion.token_ids[new], (completion.logprobs or [])[new], sent
-            )
-        _advance(sent, completion)
-        return CompletionChoice(
-            self._index(prompt, completion),
-            text if echo is None else echo[prompt] + text,
-            logprobs,
-            completion.finish_reason,
-            completion.stop_reason,
-        )
+            entries += zip(completion.token_ids[new], (completion.logprobs or [])[new], strict=True)
+            content["logprobs"] = self._logprobs(entries, sent)
+        if self.prompt_logprobs:
+            content["prompt_logprobs"] = self._prompt_logprobs(output)
+        return content
 
-    def _may_start(self, output: RequestOutput) -> bool:
-        wanted = self._echo is not None and self._params.logprobs is not None
-        return not wanted or output.prompt_logprobs is not None
-
-    def _add_logprobs(
-        self,
-        logprobs: CompletionLogprobs,
-        token_ids: Sequence[int],
-        entries: Sequence[Alternatives | None],
-        sent: Progress,
-    ) -> None:
-        for token_id, alternatives in zip(token_ids, entries, strict=True):
-            logprobs.text_offset.append(sent.offset)
+    def _logprobs(
+        self, entries: Sequence[tuple[int, Alternatives | None]], sent: Progress
+    ) -> dict[str, list[Any]]:
+        """Parallel lists, one entry per token; ``text_offset`` counts characters of the text."""
+        shown: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+        for token_id, alternatives in entries:  # none for the first token: it follows nothing
+            own = alternatives and _finite(alternatives[token_id].logprob)
+            shown["tokens"].append(self.tokenizer.token_text(token_id))
+            shown["token_logprobs"].append(own)
+            shown["top_logprobs"].append(alternatives and self._by_text(alternatives))
+            shown["text_offset"].append(sent.offset)
             sent.offset += self._characters(token_id)
-            if alternatives is None:  # the first token of a prompt follows nothing
-                logprobs.tokens.append(self._tokenizer.token_text(token_id))
-                logprobs.token_logprobs.append(None)
-                logprobs.top_logprobs.append(None)
-                continue
-            own = alternatives[token_id]
-            logprobs.tokens.append(self._token_text(token_id, own))
-            logprobs.token_logprobs.append(_finite(own.logprob))
-            logprobs.top_logprobs.append(self._by_text(alternatives))
+        return shown
 
     def _by_text(self, alternatives: Alternatives) -> dict[str, float]:
         """Of tokens that look alike, the likeliest stands for all."""
         found: dict[str, float] = {}
-        for token_id, entry in sorted(alternatives.items(), key=lambda item: item[1].rank):
-            found.setdefault(self._token_text(token_id, entry), _finite(entry.logprob))
+        for token_id, entry in _ranked(alternatives):
+            found.setdefault(self.tokenizer.token_text(token_id), _finite(entry.logprob))
         return found
 
     def _characters(self, token_id: int) -> int:
         """Characters that begin in this token's part of the text."""
-        special = token_id in self._tokenizer.special_token_ids
-        if special and self._params.skip_special_tokens:
+        special = token_id in self.tokenizer.special_token_ids
+        if special and self.params.skip_special_tokens:
             return 0
-        return sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(token_id))
+        return sum(byte & 0xC0 != 0x80 for byte in self.tokenizer.token_bytes(token_id))
 
 
+@dataclass(slots=True)
 class ChatRenderer(Renderer):
     """The format of ``/v1/chat/completions``."""
 
@@ -263,66 +221,58 @@ class ChatRenderer(Renderer):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> Envelope:
-        (output,) = outputs
-        response = self._envelope(self.whole_object)
-        response.choices = [
-            ChatChoice(
-                completion.index,
-                Message(completion.text),
-                self._logprobs(completion, 0),
-                completion.finish_reason,
-                completion.stop_reason,
-            )
-            for completion in output.outputs
-        ]
-        response.usage = usage
-        if self._params.prompt_logprobs is not None:
-            response.prompt_logprobs = self._prompt_logprobs(output)
+    def whole(self, outputs: Sequence[RequestOutput]) -> Json:
+        response = Renderer.whole(self, outputs)
+        for choice in response["choices"]:
+            choice["message"] = {**choice.pop("delta"), "refusal": None}
+        if self.params.prompt_logprobs is not None:
+            response["prompt_logprobs"] = self._prompt_logprobs(outputs[0])
         return response
 
-    def part(
+    def content(
         self, prompt: int, output: RequestOutput, completion: CompletionOutput, sent: Progress
-    ) -> ChatChunkChoice:
+    ) -> Json:
         text = completion.text[sent.text :]
-        delta = Delta(text if text or not sent.started else UNSET)
+        delta = {"content": text} if text or not sent.started else {}
         if not sent.started:
-            delta.role = "assistant"
-        logprobs = self._logprobs(completion, sent.tokens)
-        _advance(sent, completion)
-        return ChatChunkChoice(
-            completion.index, delta, logprobs, completion.finish_reason, completion.stop_reason
-        )
+            delta["role"] = "assistant"
+        logprobs = None
+        if self.params.logprobs is not None:
+            ids = completion.token_ids[sent.tokens :]
+            entries = (completion.logprobs or [])[sent.tokens :]
+            tokens = [self._token_logprob(i, e) for i, e in zip(ids, entries, strict=True)]
+            logprobs = {"content": tokens, "refusal": None}
+        return {"delta": delta, "logprobs": logprobs}
 
-    def _logprobs(self, completion: CompletionOutput, start: int) -> ChatLogprobs | None:
-        if self._params.logprobs is None:
-            return None
-        ids = completion.token_ids[start:]
-        entries = (completion.logprobs or [])[start:]
-        return ChatLogprobs([self._token_logprob(i, e) for i, e in zip(ids, entries, strict=True)])
+    def _token_logprob(self, token_id: int, alternatives: Alternatives) -> Json:
+        top = _ranked(alternatives)[: self.params.logprobs]
+        return self._logprob(token_id, alternatives[token_id]) | {
+            "top_logprobs": [self._logprob(i, entry) for i, entry in top]
+        }
 
-    def _token_logprob(self, token_id: int, alternatives: Alternatives) -> TokenLogprob:
-        own = self._top_logprob(token_id, alternatives[token_id])
-        wanted = self._params.logprobs or 0
-        top = sorted(alternatives.items(), key=lambda item: item[1].rank)[:wanted]
-        likeliest = [self._top_logprob(i, entry) for i, entry in top]
-        return TokenLogprob(own.token, own.logprob, own.bytes, likeliest)
-
-    def _top_logprob(self, token_id: int, entry: Logprob) -> TopLogprob:
-        data = list(self._tokenizer.token_bytes(token_id))
-        return TopLogprob(self._token_text(token_id, entry), _finite(entry.logprob), data)
+    def _logprob(self, token_id: int, entry: Logprob) -> Json:
+        return {
+            "token": self.tokenizer.token_text(token_id),
+            "logprob": _finite(entry.logprob),
+            "bytes": list(self.tokenizer.token_bytes(token_id)),
+        }
 
 
-def _event(chunk: Envelope, part: CompletionChoice | ChatChunkChoice) -> bytes:
-    chunk.choices = [part]
-    return event(chunk)
+def _usage(outputs: Collection[RequestOutput]) -> Json:
+    """Tokens in and out, of all prompts."""
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    generated = sum(len(c.token_ids) for output in outputs for c in output.outputs)
+    cached = sum(o.metrics.num_cached_tokens for o in outputs if o.metrics is not None)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
-def _advance(sent: Progress, completion: CompletionOutput) -> None:
-    sent.text = len(completion.text)
-    sent.tokens = len(completion.token_ids)
-    sent.started = True
-    sent.finished = completion.finish_reason is not None
+def _ranked(alternatives: Alternatives) -> list[tuple[int, Logprob]]:
+    return sorted(alternatives.items(), key=lambda item: item[1].rank)
 
 
 def _finite(logprob: float) -> float:

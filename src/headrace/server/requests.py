@@ -7,7 +7,6 @@ are defined, in ``SamplingParams``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -28,10 +27,18 @@ from headrace.contracts.sampling import SamplingParams
 from headrace.errors import InvalidRequestError
 
 MAX_PROMPTS = 2048
+MAX_ALTERNATIVES = 128
 _NAME_LENGTH = 64
-
-Model = TypeVar("Model", bound="StrictModel")
-Harmless = tuple[Any, ...]
+_UNSUPPORTED = frozenset(
+    """
+    annotations audio bad_words best_of cache_salt chat_template continue_final_message documents
+    file function_call functions guided_choice guided_grammar guided_json guided_regex image_url
+    input_audio length_penalty logits_processors modalities moderation prediction reasoning_effort
+    refusal response_format store structured_outputs suffix tool_call_id tool_calls tool_choice
+    tools truncate_prompt_tokens use_beam_search verbosity video_url web_search_options
+    """.split()  # noqa: SIM905 - one name per line would be a page
+)
+_NOTHING: tuple[Any, ...] = (None, False, "", [], "none", "auto", ["text"], {"type": "text"})
 """Values of an unsupported field that ask for nothing, and are therefore accepted."""
 
 
@@ -39,7 +46,6 @@ class StrictModel(BaseModel):
     """Refuses unknown fields, unsupported fields and values of another type."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    unsupported: ClassVar[dict[str, Harmless]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -48,19 +54,17 @@ class StrictModel(BaseModel):
             return data
         kept = {}
         for name, value in data.items():
-            if name in cls.unsupported:
-                if value is not None and value not in cls.unsupported[name]:
-                    raise _field_error(name, "is not supported yet; leave it out")
-            elif name not in cls.model_fields:
-                raise _field_error(name[:_NAME_LENGTH], f"unknown field{cls._suggestion(name)}")
-            elif value is not None:
-                kept[name] = value
+            if name in cls.model_fields:
+                if value is not None:
+                    kept[name] = value
+            elif name not in _UNSUPPORTED:
+                name = name[:_NAME_LENGTH]
+                close = difflib.get_close_matches(name, cls.model_fields, n=1)
+                suggestion = f"; did you mean {close[0]!r}?" if close else ""
+                raise _field_error(name, f"unknown field{suggestion}")
+            elif value not in _NOTHING:
+                raise _field_error(name, "is not supported yet; leave it out")
         return kept
-
-    @classmethod
-    def _suggestion(cls, name: str) -> str:
-        close = difflib.get_close_matches(name[:_NAME_LENGTH], cls.model_fields, n=1)
-        return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _field_error(field: str, message: str) -> PydanticCustomError:
@@ -74,20 +78,16 @@ def one_of(expected: str) -> WrapValidator:
         try:
             return handler(value)
         except ValidationError:
-            raise PydanticCustomError(
-                "union", "should be {expected}", {"expected": expected}
-            ) from None
+            message = "should be {expected}"
+            raise PydanticCustomError("union", message, {"expected": expected}) from None
 
     return WrapValidator(check)
 
 
 def _list_of_prompts(value: Any) -> Any:
     """One prompt, a text or token ids, becomes a list of one."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value and not isinstance(value[0], str | list):
-        return [value]
-    return value
+    is_ids = isinstance(value, list) and value and not isinstance(value[0], str | list)
+    return [value] if is_ids or isinstance(value, str) else value
 
 
 def _list_of_parts(value: Any) -> Any:
@@ -101,9 +101,7 @@ Prompts = Annotated[
     list[str | TokenIds],
     FailFast(),
     Field(min_length=1, max_length=MAX_PROMPTS),
-    BeforeValidator(
-        _list_of_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
-    ),
+    BeforeValidator(_list_of_prompts),
     one_of(f"a string, a list of token ids, or a list of 1 to {MAX_PROMPTS} of these"),
 ]
 Stop = Annotated[str | Strings, one_of("a string or a list of strings")]
@@ -112,7 +110,6 @@ Stop = Annotated[str | Strings, one_of("a string or a list of strings")]
 class TextPart(StrictModel):
     """A part of a message's content."""
 
-    unsupported = {"image_url": (), "input_audio": (), "file": (), "video_url": (), "refusal": ()}
     type: Literal["text"]
     text: str
 
@@ -120,20 +117,8 @@ class TextPart(StrictModel):
 class Message(StrictModel):
     """A chat message: its content is one text, or a list of text parts."""
 
-    unsupported = {
-        "tool_calls": ([],),
-        "tool_call_id": (),
-        "function_call": (),
-        "audio": (),
-        "refusal": (),
-        "annotations": ([],),
-    }
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        list[TextPart],
-        FailFast(),
-        BeforeValidator(_list_of_parts, json_schema_input_type=str | list[TextPart]),
-    ]
+    content: Annotated[list[TextPart], FailFast(), BeforeValidator(_list_of_parts)]
     name: str | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -153,10 +138,26 @@ class StreamOptions(StrictModel):
     include_obfuscation: bool = False
 
 
-class GenerationRequest(StrictModel):
-    """The fields that both kinds of generation share. The second group has no effect here."""
+class RequestBody(StrictModel):
+    """What the body of every route has."""
 
     model: str | None = None
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for fields that contradict each other."""
+
+
+class Conversation(StrictModel):
+    """How messages become a prompt."""
+
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class GenerationRequest(RequestBody):
+    """The fields that both kinds of generation share. The second group has no effect here."""
+
+    logprob_fields: ClassVar[tuple[str, ...]]
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: int = 0
@@ -179,6 +180,7 @@ class GenerationRequest(StrictModel):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
 
+    parallel_tool_calls: bool | None = None
     user: str | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
@@ -186,21 +188,15 @@ class GenerationRequest(StrictModel):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk that holds the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
     def check(self) -> None:
-        """Raise InvalidRequestError for fields that contradict each other."""
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError("stream_options", "needs stream: true")
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequestError("prompt_logprobs", "is not reported in streams")
-
-    def field_name(self, engine_field: str) -> str:
-        """The request's name for what the engine calls ``engine_field``."""
-        return engine_field
+        for field in self.logprob_fields:
+            # Every alternative becomes an object of the answer's JSON.
+            if (getattr(self, field) or 0) > MAX_ALTERNATIVES:
+                raise InvalidRequestError(field, f"must be at most {MAX_ALTERNATIVES}")
 
     def sampling_fields(self) -> dict[str, Any]:
         """The given fields that ``SamplingParams`` has under the same name."""
@@ -217,35 +213,13 @@ def _token_id(text: str) -> int:
     return int(text)
 
 
-_UNSUPPORTED: dict[str, Harmless] = {
-    "cache_salt": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "use_beam_search": (False,),
-    "length_penalty": (1.0,),
-    "bad_words": ([],),
-    "logits_processors": ([],),
-    "truncate_prompt_tokens": (),
-}
-
-
 class CompletionRequest(GenerationRequest):
     """The body of ``/v1/completions``."""
 
-    unsupported = {**_UNSUPPORTED, "suffix": ("",), "add_special_tokens": (True,)}
+    logprob_fields = ("prompt_logprobs", "logprobs")
     prompt: Prompts
     echo: bool = False
     logprobs: int | None = None
-    best_of: int | None = None
-
-    def check(self) -> None:
-        super().check()
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise InvalidRequestError("best_of", "is not supported unless it equals n")
 
     def sampling_fields(self) -> dict[str, Any]:
         fields = {"max_tokens": 16, **super().sampling_fields()}
@@ -254,36 +228,14 @@ class CompletionRequest(GenerationRequest):
         return fields
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, Conversation):
     """The body of ``/v1/chat/completions``."""
 
-    unsupported = {
-        **_UNSUPPORTED,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "modalities": (["text"],),
-        "audio": (),
-        "prediction": (),
-        "web_search_options": (),
-        "moderation": (),
-        "reasoning_effort": ("none",),
-        "verbosity": ("medium",),
-        "store": (False,),
-        "chat_template": (),
-        "documents": ([],),
-        "continue_final_message": (False,),
-        "add_special_tokens": (False,),
-        "echo": (False,),
-    }
+    logprob_fields = ("prompt_logprobs", "top_logprobs")
     messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def check(self) -> None:
         super().check()
@@ -298,44 +250,32 @@ class ChatRequest(GenerationRequest):
         return fields
 
     def field_name(self, engine_field: str) -> str:
+        """The request's name for what the engine calls ``engine_field``."""
         names = {"prompt": "messages", "logprobs": "top_logprobs"}
         if self.max_completion_tokens is not None:
             names["max_tokens"] = "max_completion_tokens"
         return names.get(engine_field, engine_field)
 
 
-class TokenizeRequest(StrictModel):
+class TokenizeRequest(RequestBody, Conversation):
     """The body of ``/tokenize``: a prompt or messages."""
 
-    unsupported = {"continue_final_message": (False,), "chat_template": (), "tools": ([],)}
-    model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
-    add_special_tokens: bool | None = None
-    add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    return_token_strs: bool = False
+    add_special_tokens: bool = True
 
     def check(self) -> None:
-        """Raise InvalidRequestError unless exactly one of prompt and messages is given."""
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequestError("prompt", "give either prompt or messages")
 
 
-class DetokenizeRequest(StrictModel):
+class DetokenizeRequest(RequestBody):
     """The body of ``/detokenize``."""
 
-    model: str | None = None
     tokens: TokenIds
 
 
-def validate(model: type[Model], data: object) -> Model:
-    """``data`` as ``model``. Raises InvalidRequestError that names the first wrong field."""
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise _request_error(error) from None
-
+Body = TypeVar("Body", bound=RequestBody)
 
 _PLAIN_WORDS = {
     "missing": "is required",
@@ -345,21 +285,20 @@ _PLAIN_WORDS = {
 }
 
 
-def _request_error(error: ValidationError) -> InvalidRequestError:
-    first = error.errors(include_url=False)[0]
-    path = [*first["loc"]]
+def validate(model: type[Body], data: object) -> Body:
+    """``data`` as ``model``. Raises InvalidRequestError that names the first wrong field."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    path, kind = [*first["loc"]], first["type"]
     message = first["msg"].removeprefix("Input ")
-    kind = first["type"]
     if kind in _PLAIN_WORDS:
         message = _PLAIN_WORDS[kind]
     elif kind == "field":
         path.append(first["ctx"]["field"])
     elif isinstance(first["input"], str | float | bool):
         message += f", got {first['input']!r:.60}"
-    return InvalidRequestError(_path(path) or "body", message)
-
-
-def _path(parts: Sequence[str | int]) -> str:
-    """``("messages", 0, "role")`` as ``messages[0].role``."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
-    return text.removeprefix(".")
+    # ("messages", 0, "role") is shown as messages[0].role
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in path]
+    raise InvalidRequestError("".join(parts).removeprefix(".") or "body", message)

@@ -9,15 +9,15 @@ import math
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from headrace.errors import ConfigurationError
-from headrace.server.app import DEFAULT_MAX_BODY_BYTES, create_app
+from headrace.server.app import create_app
 
 if TYPE_CHECKING:
     from headrace.llm import AsyncLLM
@@ -33,11 +33,8 @@ _FIXES = {
 
 
 def bind(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
-    """Reserve an address, before the work of loading a model. Connections are refused until
-    ``serve`` takes the socket.
-
-    Args:
-        port: 0 for any free one.
+    """Reserve an address (port 0: any free one), before the work of loading a model. Connections
+    are refused until ``serve`` takes the socket.
 
     Raises:
         ConfigurationError: the address is in use or cannot be had.
@@ -71,13 +68,10 @@ def serve(
     api_key: str | None = None,
     *,
     model_names: Sequence[str] | None = None,
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
     drain_seconds: float = 30.0,
     listener: socket.socket | None = None,
 ) -> None:
     """Serve ``llm`` until SIGINT or SIGTERM, then close it and return.
-
-    A signal stops new connections at once; running requests may finish.
 
     Args:
         model_names: names of the model in the API; its own by default.
@@ -88,48 +82,37 @@ def serve(
         ConfigurationError: the address is in use or cannot be had, or the API key is empty.
     """
     with contextlib.closing(llm), listener or bind(host, port) as listening:
-        app = create_app(
-            llm,
-            api_key=api_key,
-            model_names=tuple(model_names or (llm.model_info.name,)),
-            max_body_bytes=max_body_bytes,
-        )
+        app = create_app(llm, api_key=api_key, model_names=model_names or [llm.model_info.name])
+        host, port = listening.getsockname()[:2]
         try:
             listening.listen(_BACKLOG)
         except OSError as error:
-            raise _unavailable(listening.getsockname(), error) from None
-        url = _url(listening)
-        print(f"serving {llm.model_info.name} at {url}", file=sys.stderr, flush=True)
+            raise _unavailable((host, port), error) from None
+        shown = f"[{host}]" if ":" in host else host
+        name = llm.model_info.name
+        print(f"serving {name} at http://{shown}:{port}/v1", file=sys.stderr, flush=True)
         DrainingServer(app, llm, drain_seconds).run([listening])
 
 
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-
-
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server that lets running requests finish and then ends without complaint.
-
-    Args:
-        drain_seconds: how long they may take after a signal.
+    """A uvicorn server that lets running requests finish, for ``drain_seconds`` at most, and then
+    ends without complaint.
     """
 
     def __init__(self, app: FastAPI, llm: AsyncLLM, drain_seconds: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                lifespan="off",
-                ws="none",
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                backlog=_BACKLOG,
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=math.ceil(drain_seconds) + _CLOSING_SECONDS,
-            )
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=math.ceil(drain_seconds) + _CLOSING_SECONDS,
         )
+        super().__init__(config)
         self._llm = llm
         self._drain_seconds = drain_seconds
 
@@ -144,16 +127,8 @@ class DrainingServer(uvicorn.Server):
         await self._llm.drain(self._drain_seconds)
         await asyncio.to_thread(self._llm.close)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as requests to drain; uvicorn would raise them again later."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        signals = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, self.handle_exit) for number in signals}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain, or end at once; uvicorn's own would raise the signal again after that."""
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from headrace.contracts.text import TextStream
@@ -28,19 +28,26 @@ def piece_bytes(decoder: dict[str, Any] | None) -> PieceBytes | None:
     Returns:
         ``None`` when a token's bytes depend on its neighbours under this decoder.
     """
-    steps = _flatten(decoder)
+    steps = _flatten(decoder) if decoder else []
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
         return _byte_level
-    if kinds and _is_sentence_piece(steps):
-        replacements = [_replacement(s) for s in steps if s["type"] in ("Replace", "Metaspace")]
-        return _sentence_piece(replacements, "ByteFallback" in kinds)
-    return None
+    if not kinds or not _is_sentence_piece(steps):
+        return None
+    replacements = [(s["pattern"]["String"], s["content"]) for s in steps if s["type"] == "Replace"]
+    replacements += [(s["replacement"], " ") for s in steps if s["type"] == "Metaspace"]
+
+    def sentence_piece(piece: str) -> bytes:
+        if "ByteFallback" in kinds and (byte := _BYTE_PIECE.fullmatch(piece)):
+            return bytes.fromhex(byte[1])
+        for old, new in replacements:
+            piece = piece.replace(old, new)
+        return piece.encode()
+
+    return sentence_piece
 
 
-def _flatten(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if decoder is None:
-        return []
+def _flatten(decoder: dict[str, Any]) -> list[dict[str, Any]]:
     if decoder["type"] == "Sequence":
         return [step for part in decoder["decoders"] for step in _flatten(part)]
     return [decoder]
@@ -56,16 +63,10 @@ def _is_sentence_piece(steps: list[dict[str, Any]]) -> bool:
     ranks = [order.get(step["type"], -1) for step in steps]
     if -1 in ranks or ranks != sorted(ranks):
         return False
-    fused = {"type": "Fuse"} in steps
-    strips = [step for step in steps if step["type"] == "Strip"]
-    patterns = [step["pattern"] for step in steps if step["type"] == "Replace"]
-    return all(fused and s["stop"] == 0 for s in strips) and all("String" in p for p in patterns)
-
-
-def _replacement(step: dict[str, Any]) -> tuple[str, str]:
-    if step["type"] == "Metaspace":
-        return step["replacement"], " "
-    return step["pattern"]["String"], step["content"]
+    fused = 2 in ranks
+    strips = [fused and step["stop"] == 0 for step in steps if step["type"] == "Strip"]
+    replacements = ["String" in step["pattern"] for step in steps if step["type"] == "Replace"]
+    return all(strips) and all(replacements)
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -86,34 +87,6 @@ def _byte_level(piece: str) -> bytes:
         return piece.encode()
 
 
-def _sentence_piece(replacements: list[tuple[str, str]], byte_fallback: bool) -> PieceBytes:
-    def to_bytes(piece: str) -> bytes:
-        if byte_fallback and (byte := _BYTE_PIECE.fullmatch(piece)):
-            return bytes.fromhex(byte[1])
-        for old, new in replacements:
-            piece = piece.replace(old, new)
-        return piece.encode()
-
-    return to_bytes
-
-
-class TokenBytes(dict[int, bytes]):
-    """Token id -> bytes, filled in as tokens are met.
-
-    Args:
-        to_bytes: the bytes of a token that is not in the table yet.
-        hidden: tokens that stand for nothing.
-    """
-
-    def __init__(self, to_bytes: Callable[[int], bytes], hidden: Iterable[int] = ()) -> None:
-        super().__init__(dict.fromkeys(hidden, b""))
-        self._to_bytes = to_bytes
-
-    def __missing__(self, token_id: int) -> bytes:
-        value = self[token_id] = self._to_bytes(token_id)
-        return value
-
-
 class TokenDecoder(ABC):
     """The text of a growing list of tokens. What has been returned never changes."""
 
@@ -127,14 +100,20 @@ class TokenDecoder(ABC):
 
 
 class ByteDecoder(TokenDecoder):
-    """Joins the tokens' bytes and reads them as UTF-8; malformed bytes become U+FFFD."""
+    """Joins the tokens' bytes and reads them as UTF-8; malformed bytes become U+FFFD.
 
-    def __init__(self, table: TokenBytes) -> None:
-        self._table = table
+    Args:
+        token_bytes: bytes of a token.
+        hidden: tokens that have no text.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes], hidden: frozenset[int]) -> None:
+        self._token_bytes = token_bytes
+        self._hidden = hidden
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def push(self, token_id: int) -> str:
-        return self._decode(self._table[token_id])
+        return "" if token_id in self._hidden else self._decode(self._token_bytes(token_id))
 
     def flush(self) -> str:
         return self._decode(b"", True)
@@ -188,29 +167,22 @@ class Detokenizer(TextStream):
 
     Args:
         decoder: of this sequence alone.
-        stops: ``None`` when there are no stop strings.
         include_stop: whether the stop string is part of the text.
     """
 
-    def __init__(
-        self, decoder: TokenDecoder, stops: StopStrings | None, include_stop: bool
-    ) -> None:
+    def __init__(self, decoder: TokenDecoder, stops: StopStrings, include_stop: bool) -> None:
         self._decoder = decoder
         self._stops = stops
         self._include_stop = include_stop
-        self._state = 0
+        self._state = stops.start()
         self._held = ""
         self._stopped_by: str | None = None
 
     def push(self, token_id: int) -> str:
-        text = self._decoder.push(token_id)
-        return text if self._stops is None else self._release(self._stops, text)
+        return self._release(self._decoder.push(token_id))
 
     def finish(self) -> str:
-        text = self._decoder.flush()
-        if self._stops is None:
-            return text
-        released = self._release(self._stops, text) + self._held
+        released = self._release(self._decoder.flush()) + self._held
         self._held = ""
         return released
 
@@ -218,13 +190,13 @@ class Detokenizer(TextStream):
     def stopped_by(self) -> str | None:
         return self._stopped_by
 
-    def _release(self, stops: StopStrings, text: str) -> str:
+    def _release(self, text: str) -> str:
         if self._stopped_by is not None:
             return ""
-        self._state, read, self._stopped_by = stops.scan(self._state, text)
+        read, self._stopped_by = self._stops.scan(self._state, text)
         known = self._held + text[:read]
         if self._stopped_by is None:
-            end = len(known) - stops.open_length(self._state)
+            end = len(known) - max(self._state, default=0)  # what may begin a stop string
             self._held = known[end:]
         else:
             end = len(known) if self._include_stop else len(known) - len(self._stopped_by)

@@ -2,70 +2,50 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """An automaton over all stop strings at once ("Efficient String Matching: An Aid to
-    Bibliographic Search", 1975): the cost of a character does not depend on their number.
+    """The stop strings of a request, searched for without going back in the text ("Fast Pattern
+    Matching in Strings", 1977). Immutable, so one instance serves any number of streams.
 
-    A state is the longest suffix of the text so far that begins some stop string; 0 is the empty
-    one. Immutable, so one instance serves any number of streams.
+    A stream's state is a list: for each string, how many of its first characters the text ends
+    with at present.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        self._edges: list[dict[str, int]] = [{}]
-        self._shorter = [0]
-        self._lengths = [0]
-        self._found: list[str | None] = [None]
-        for string in strings:
-            self._insert(string)
-        self._link()
+        # Of several that end at the same character the longest is found.
+        self._strings = sorted(strings, key=len, reverse=True)
+        self._borders = [_borders(string) for string in self._strings]
 
-    def _insert(self, string: str) -> None:
-        state = 0
-        for length, character in enumerate(string, start=1):
-            following = self._edges[state].get(character)
-            if following is None:
-                following = len(self._edges)
-                self._edges[state][character] = following
-                self._edges.append({})
-                self._shorter.append(0)
-                self._lengths.append(length)
-                self._found.append(None)
-            state = following
-        self._found[state] = string
+    def start(self) -> list[int]:
+        """The state before any text."""
+        return [0] * len(self._strings)
 
-    def _link(self) -> None:
-        """Point every state to its longest proper suffix that is a state, shortest states first."""
-        queue = deque(self._edges[0].values())
-        while queue:
-            state = queue.popleft()
-            if self._found[state] is None:
-                self._found[state] = self._found[self._shorter[state]]
-            for character, following in self._edges[state].items():
-                self._shorter[following] = self._step(self._shorter[state], character)
-                queue.append(following)
-
-    def _step(self, state: int, character: str) -> int:
-        while state and character not in self._edges[state]:
-            state = self._shorter[state]
-        return self._edges[state].get(character, 0)
-
-    def scan(self, state: int, text: str) -> tuple[int, int, str | None]:
-        """Read ``text`` from ``state``, up to the first end of a stop string.
+    def scan(self, state: list[int], text: str) -> tuple[int, str | None]:
+        """Read ``text``, up to the first end of a stop string, and bring ``state`` up to date.
 
         Returns:
-            The new state, the number of characters read, and the stop string that ends there
-            (the longest, when several do) or ``None``.
+            The number of characters read, and the stop string that ends there or ``None``.
         """
-        for position, character in enumerate(text, start=1):
-            state = self._step(state, character)
-            if self._found[state] is not None:
-                return state, position, self._found[state]
-        return state, len(text), None
+        for position, character in enumerate(text if self._strings else "", start=1):
+            for index, string in enumerate(self._strings):
+                state[index] = _extend(string, self._borders[index], state[index], character)
+                if state[index] == len(string):
+                    return position, string
+        return len(text), None
 
-    def open_length(self, state: int) -> int:
-        """Characters at the end of the text that may turn out to begin a stop string."""
-        return self._lengths[state]
+
+def _borders(string: str) -> list[int]:
+    """For each prefix, the length of its longest proper suffix that begins the string."""
+    borders = [0]
+    for character in string[1:]:
+        borders.append(_extend(string, borders, borders[-1], character))
+    return borders
+
+
+def _extend(string: str, borders: list[int], matched: int, character: str) -> int:
+    """How much of the string matches after ``character``, when ``matched`` did before it."""
+    while matched and string[matched] != character:
+        matched = borders[matched - 1]
+    return matched + (string[matched] == character)

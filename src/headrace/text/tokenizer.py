@@ -13,11 +13,11 @@ import tokenizers
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.text import TextStream
 from headrace.errors import CheckpointError, InvalidRequestError
-from headrace.text.chat_template import load_chat_templates, read_json
+from headrace.json_file import read_json
+from headrace.text.chat_template import load_chat_templates
 from headrace.text.detokenizer import (
     ByteDecoder,
     Detokenizer,
-    TokenBytes,
     TokenDecoder,
     WindowDecoder,
     piece_bytes,
@@ -37,6 +37,8 @@ class Tokenizer:
         vocab_size: one more than the greatest token id.
         bos_token_id, eos_token_id: ``None`` when the checkpoint names none.
         special_token_ids: tokens that ``skip_special_tokens`` leaves out.
+        has_chat_template: whether conversations can be turned into prompts.
+        longest_token: characters that one token stands for at most, unknown ones set aside.
 
     Raises:
         CheckpointError: a file is missing or damaged; it names the file and the fix.
@@ -44,22 +46,26 @@ class Tokenizer:
 
     def __init__(self, directory: Path) -> None:
         self._tokenizer = _load(directory)
-        settings = _load_settings(directory)
+        settings = read_json(directory / "special_tokens_map.json", required=False)
+        settings |= read_json(directory / "tokenizer_config.json", required=False)
         names = {name: _content(settings.get(name)) for name in _NAMED_TOKENS}
         self._names = {name: text for name, text in names.items() if text is not None}
         _add_named_tokens(self._tokenizer, self._names, settings)
         self._templates = load_chat_templates(directory, settings.get("chat_template"))
+        self.has_chat_template = bool(self._templates)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_names = {i: token.content for i, token in added.items() if token.special}
         self.special_token_ids = frozenset(self._special_names)
-        self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
-        model = _read_optional(directory / "config.json")
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
+        self.longest_token = max(map(len, vocabulary), default=0)
+        model = read_json(directory / "config.json", required=False)
         self.bos_token_id = self._named_id("bos_token", model)
         self.eos_token_id = self._named_id("eos_token", model)
-        self._piece_bytes = piece_bytes(_decoder_settings(self._tokenizer))
-        self._bytes = TokenBytes(self._compute_bytes)
-        self._visible_bytes = TokenBytes(self._compute_bytes, hidden=self.special_token_ids)
-        # A request's completions share one automaton.
+        decoder = self._tokenizer.decoder
+        self._piece_bytes = piece_bytes(decoder and json.loads(decoder.__getstate__()))
+        self._bytes = functools.cache(self._compute_bytes)
+        # A request's completions share what is prepared for its stop strings.
         self._stop_strings = functools.lru_cache(maxsize=4)(StopStrings)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -95,17 +101,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; none beyond the vocabulary."""
-        return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
+        return self._bytes(token_id) if 0 <= token_id < self.vocab_size else b""
 
     def token_text(self, token_id: int) -> str:
         """A token for display: special ones by name, parts of a character as U+FFFD."""
         name = self._special_names.get(token_id)
         return name or self.token_bytes(token_id).decode("utf-8", "replace") or f"<{token_id}>"
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether conversations can be turned into prompts."""
-        return bool(self._templates)
 
     def apply_chat_template(
         self,
@@ -116,7 +117,7 @@ class Tokenizer:
         tools: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> str:
-        """The prompt for a conversation; encode it with ``add_special_tokens=False``.
+        """The prompt for a conversation.
 
         Args:
             messages: as in OpenAI's API.
@@ -127,15 +128,14 @@ class Tokenizer:
         Raises:
             InvalidRequestError: of ``messages``, when there is no template or it refuses them.
         """
-        if not self._templates:
+        if not self.has_chat_template:
             raise InvalidRequestError(
                 "messages", "this model has no chat template; send a prompt to completions instead"
             )
         if not messages:
             raise InvalidRequestError("messages", "must hold at least one message")
-        template = self._templates.get("tool_use") if tools else None
-        template = template or self._templates.get("default")
-        if template is None:
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
             known = ", ".join(sorted(self._templates))
             raise InvalidRequestError(
                 "messages", f"this model has no default chat template, only {known}"
@@ -147,7 +147,12 @@ class Tokenizer:
             "tools": tools or None,
             "add_generation_prompt": add_generation_prompt,
         }
-        return template.render(messages, variables)
+        return self._templates[name].render(messages, variables)
+
+    def encode_chat(self, messages: list[dict[str, Any]], /, **options: Any) -> list[int]:
+        """Token ids of a conversation; arguments as for ``apply_chat_template``."""
+        text = self.apply_chat_template(messages, **options)
+        return self.encode(text, add_special_tokens=False)
 
     def stream(self, params: SamplingParams) -> TextStream | None:
         """A stream for the text of one sequence that continues a prompt; ``None`` if no text is
@@ -155,8 +160,14 @@ class Tokenizer:
         """
         if not params.detokenize:
             return None
-        stops = self._stop_strings(tuple(params.stop)) if params.stop else None
-        decoder = self._token_decoder(params.skip_special_tokens)
+        hidden = self.special_token_ids if params.skip_special_tokens else frozenset[int]()
+        decoder: TokenDecoder
+        if self._piece_bytes is not None:
+            decoder = ByteDecoder(self._bytes, hidden)
+        else:
+            decode = functools.partial(self.decode, skip_special_tokens=False)
+            decoder = WindowDecoder(decode, hidden)
+        stops = self._stop_strings(params.stop_strings)
         return Detokenizer(decoder, stops, params.include_stop_str_in_output)
 
     def _named_id(self, name: str, model: Mapping[str, Any]) -> int | None:
@@ -166,12 +177,6 @@ class Tokenizer:
         value = model.get(f"{name}_id")
         first = value[0] if isinstance(value, list) and value else value
         return first if isinstance(first, int) else None
-
-    def _token_decoder(self, skip_special_tokens: bool) -> TokenDecoder:
-        if self._piece_bytes is not None:
-            return ByteDecoder(self._visible_bytes if skip_special_tokens else self._bytes)
-        hidden = self.special_token_ids if skip_special_tokens else frozenset[int]()
-        return WindowDecoder(functools.partial(self.decode, skip_special_tokens=False), hidden)
 
     def _compute_bytes(self, token_id: int) -> bytes:
         if self._piece_bytes is None:
@@ -187,9 +192,8 @@ def _load(directory: Path) -> tokenizers.Tokenizer:
         fix = "copy it from where the model came from"
         if legacy:
             fix = (
-                f"convert {legacy[0]} once with transformers: "
-                f"AutoTokenizer.from_pretrained({str(directory)!r})"
-                f".save_pretrained({str(directory)!r})"
+                f"convert {legacy[0]} once with transformers: AutoTokenizer.from_pretrained"
+                f"({str(directory)!r}).save_pretrained({str(directory)!r})"
             )
         raise CheckpointError(f"{file} does not exist; {fix}")
     try:
@@ -204,29 +208,11 @@ def _load(directory: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _read_optional(file: Path) -> dict[str, Any]:
-    values = read_json(file) if file.is_file() else {}
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _load_settings(directory: Path) -> dict[str, Any]:
-    """``tokenizer_config.json``, completed from the older file that may stand beside it."""
-    older = _read_optional(directory / "special_tokens_map.json")
-    return older | _read_optional(directory / "tokenizer_config.json")
-
-
 def _content(token: object) -> str | None:
     """The text of a token, which stands in settings as a string or as an object."""
     if isinstance(token, Mapping):
         token = token.get("content")
     return token if isinstance(token, str) else None
-
-
-def _decoder_settings(tokenizer: tokenizers.Tokenizer) -> dict[str, Any] | None:
-    if tokenizer.decoder is None:
-        return None
-    settings: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__())
-    return settings
 
 
 def _add_named_tokens(

@@ -10,12 +10,8 @@ from pathlib import Path
 from headrace.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
-_WEIGHT_FILES = ("*.safetensors",)
-# The same weights once more, in other layouts.
-_IGNORED_FILES = ("consolidated*", "original/*", "onnx/*")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NO_WRITING = (errno.EROFS, errno.EACCES, errno.EPERM)
+_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
 
 
 def resolve_model(
@@ -31,9 +27,8 @@ def resolve_model(
     Args:
         model: a directory, or a hub id such as ``org/name``.
         revision: branch, tag or commit of a hub id.
-        download_dir: where downloads are cached; huggingface_hub's default if ``None``.
+        download_dir, endpoint: cache directory and URL; huggingface_hub's own if ``None``.
         weights: ``False`` asks only for what a tokenizer needs.
-        endpoint: URL of the hub; huggingface_hub's default if ``None``.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it cannot be had; says what to do.
@@ -48,9 +43,23 @@ def resolve_model(
             f"{model!r} is neither an existing directory nor a hub id; give a directory with "
             "config.json and *.safetensors, or an id such as org/name"
         )
-    patterns = [*_TOKENIZER_FILES, *(_WEIGHT_FILES if weights else ())]
-    path = _download(model, revision, download_dir, patterns, endpoint)
-    return _checked(path, model) if weights else path
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(
+            model,
+            revision=revision,
+            cache_dir=download_dir,
+            allow_patterns=[*_FILES, "*.safetensors"] if weights else _FILES,
+            ignore_patterns=_OTHER_LAYOUTS,
+            endpoint=endpoint,
+        )
+    except Exception as error:  # the network stack below raises errors of several packages
+        reason = _reason(error, model, revision, download_dir)
+        raise CheckpointError(
+            f"{model} is not a directory, and it cannot be downloaded: {reason}"
+        ) from error
+    return _checked(Path(path), model) if weights else Path(path)
 
 
 def _checked(directory: Path, model: str) -> Path:
@@ -63,38 +72,6 @@ def _checked(directory: Path, model: str) -> Path:
             "transformers' save_pretrained()"
         )
     return directory
-
-
-def _download(
-    model: str,
-    revision: str | None,
-    download_dir: str | None,
-    patterns: list[str],
-    endpoint: str | None,
-) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise CheckpointError(
-            f"{model} is not a directory, and downloading needs huggingface_hub: "
-            "pip install huggingface_hub"
-        ) from error
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                cache_dir=download_dir,
-                allow_patterns=patterns,
-                ignore_patterns=list(_IGNORED_FILES),
-                endpoint=endpoint,
-            )
-        )
-    except Exception as error:  # the network stack below raises errors of several packages
-        reason = _reason(error, model, revision, download_dir)
-        raise CheckpointError(
-            f"{model} is not a directory, and it cannot be downloaded: {reason}"
-        ) from error
 
 
 def _reason(error: Exception, model: str, revision: str | None, download_dir: str | None) -> str:
@@ -115,9 +92,9 @@ def _reason(error: Exception, model: str, revision: str | None, download_dir: st
             "connect to the network, or give the directory of a copy"
         )
     number = error.errno if isinstance(error, OSError) else None
-    if number in _NO_SPACE:
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk of {cache} is full; make room or set download_dir to another disk"
-    if number in _NO_WRITING:
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{cache} cannot be written to ({error}); set download_dir to a directory that can"
     text = " ".join(str(error).split()) or type(error).__name__
     return f"{text}; try again, or give the directory of a copy"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.errors import CheckpointError
+from headrace.json_file import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """The element types that are read: safetensors' name -> torch's."""
-
-
-def read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
-    """A JSON object from a file; empty when it is optional and absent. Raises CheckpointError."""
-    if not path.is_file():
-        if required:
-            raise CheckpointError(f"{path} does not exist; fetch it from where the model came from")
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds no JSON object; fetch it again")
-    return content
 
 
 class SafetensorsCheckpoint:

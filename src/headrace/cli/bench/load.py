@@ -13,9 +13,12 @@ from itertools import pairwise
 from typing import Any
 
 import httpx
+import numpy as np
 
-from headrace.cli.timing import summary
 from headrace.errors import HeadraceError
+
+TIMEOUT = 600.0
+"""Seconds of silence to bear."""
 
 
 @dataclass(slots=True)
@@ -37,34 +40,14 @@ class RequestRecord:
     output_tokens: int = 0
     error: str | None = None
 
-    @property
-    def end_to_end(self) -> float:
-        """Seconds from sending to the end."""
-        return self.finished - self.started
 
-    @property
-    def time_to_first_token(self) -> float:
-        """Seconds from sending to the first piece of output."""
-        return self.chunks[0] - self.started
-
-    @property
-    def time_per_output_token(self) -> float:
-        """Mean seconds per token after the first."""
-        return (self.finished - self.chunks[0]) / (self.output_tokens - 1)
-
-    @property
-    def inter_token_latencies(self) -> list[float]:
-        """Seconds between pieces."""
-        return [b - a for a, b in pairwise(self.chunks)]
-
-
-def connect(base_url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:
+def connect(base_url: str, api_key: str | None) -> httpx.AsyncClient:
     """A client of the API under ``base_url``, with or without its ``/v1``."""
     root = base_url.rstrip("/").removesuffix("/v1")
     return httpx.AsyncClient(
         base_url=f"{root}/v1/",
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-        timeout=timeout,
+        timeout=TIMEOUT,
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
     )
 
@@ -79,11 +62,11 @@ async def first_model(client: httpx.AsyncClient) -> str:
         response = await client.get("models")
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise HeadraceError(f"no answer from {client.base_url}models: {error}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        message = f"{client.base_url}models does not list a model; name one with --model"
-        raise HeadraceError(message) from error
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+        raise HeadraceError(
+            f"no answer from {client.base_url}models that names a model "
+            f"({type(error).__name__}: {error}); check --base-url, or give --model"
+        ) from error
 
 
 async def run_load(
@@ -123,7 +106,6 @@ async def send(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Re
     try:
         async with client.stream("POST", path, json=body) as response:
             if response.is_error:
-                await response.aread()
                 record.error = f"HTTP {response.status_code}"
             else:
                 await _read_events(response, record)
@@ -144,42 +126,45 @@ async def _read_events(response: httpx.Response, record: RequestRecord) -> None:
         data = line[5:].strip()
         if data == "[DONE]":
             return
-        _note_event(json.loads(data), record)
+        event = json.loads(data)
+        if "error" in event:
+            record.error = "error in stream"
+        for choice in event.get("choices", ()):
+            if choice.get("text") or (choice.get("delta") or {}).get("content"):
+                record.chunks.append(time.perf_counter())
+        if usage := event.get("usage"):
+            record.input_tokens = usage.get("prompt_tokens", 0)
+            record.output_tokens = usage.get("completion_tokens", 0)
     record.error = record.error or "stream cut off"
-
-
-def _note_event(event: dict[str, Any], record: RequestRecord) -> None:
-    if "error" in event:
-        record.error = "error in stream"
-        return
-    for choice in event.get("choices", ()):
-        if choice.get("text") or (choice.get("delta") or {}).get("content"):
-            record.chunks.append(time.perf_counter())
-    if usage := event.get("usage"):
-        record.input_tokens = usage.get("prompt_tokens", 0)
-        record.output_tokens = usage.get("completion_tokens", 0)
 
 
 def summarise(records: Sequence[RequestRecord]) -> dict[str, Any]:
     """Throughput, latencies in milliseconds (mean, p50, p99) and errors by kind."""
     good = [record for record in records if record.error is None]
     span = max(r.finished for r in records) - min(r.started for r in records)
-    outputs, inputs = sum(r.output_tokens for r in good), sum(r.input_tokens for r in good)
     latencies = {
-        "time_to_first_token": [r.time_to_first_token for r in good],
-        "time_per_output_token": [r.time_per_output_token for r in good if r.output_tokens > 1],
-        "inter_token_latency": [gap for r in good for gap in r.inter_token_latencies],
-        "end_to_end": [r.end_to_end for r in good],
+        "time_to_first_token": [r.chunks[0] - r.started for r in good],
+        "time_per_output_token": [
+            (r.finished - r.chunks[0]) / (r.output_tokens - 1) for r in good if r.output_tokens > 1
+        ],
+        "inter_token_latency": [late - early for r in good for early, late in pairwise(r.chunks)],
+        "end_to_end": [r.finished - r.started for r in good],
     }
     return {
+        "requests": len(records),
         "completed": len(good),
         "errors": dict(Counter(r.error for r in records if r.error is not None)),
         "seconds": span,
         "requests_per_second": len(good) / span,
-        "input_tokens_per_second": inputs / span,
-        "output_tokens_per_second": outputs / span,
+        "input_tokens_per_second": sum(r.input_tokens for r in good) / span,
+        "output_tokens_per_second": sum(r.output_tokens for r in good) / span,
         "latency_ms": {
-            name: {key: 1000 * value for key, value in summary(values).items()}
-            for name, values in latencies.items()
+            name: summary([1000 * value for value in values]) for name, values in latencies.items()
         },
     }
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Mean, median and 99th percentile (linearly interpolated); zeros when there is nothing."""
+    mean, middle, high = (np.mean(values), *np.percentile(values, [50, 99])) if values else (0,) * 3
+    return {"mean": float(mean), "p50": float(middle), "p99": float(high)}

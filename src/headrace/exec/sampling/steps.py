@@ -1,7 +1,7 @@
-"""The steps of sampling: each changes the scores of the rows that ask for it.
+"""The steps of sampling: each changes the rows that ask for it, and only those.
 
-Scores are ``[R, vocab]`` in fp32. Order: penalties, bias and bans act on logits; temperature
-scales them; top-k, min-p and top-p cut; the draw inverts the cumulative distribution.
+Penalties, bias and bans change the scores. Greedy rows then take the highest; the others are
+divided by their temperature and cut by top-k, min-p and top-p before the draw.
 """
 
 from __future__ import annotations
@@ -9,238 +9,250 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import SampleState
+from headrace.exec.sampling import wide
 
-_FIRST_CANDIDATES = 256
-_BISECTIONS = 40
-
-
-@dataclass(slots=True)
-class SamplingBatch:
-    """Parameters of all rows: the states, and what every step reads as ``[R, 1]`` columns."""
-
-    states: Sequence[SampleState]
-    device: torch.device
-    temperature: Tensor
-    top_k: list[int]
-    top_p: Tensor
-    min_p: Tensor
-
-    @classmethod
-    def build(cls, states: Sequence[SampleState], device: torch.device) -> SamplingBatch:
-        """Gather the rows' parameters."""
-        params = [state.params for state in states]
-
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, device=device).unsqueeze(1)
-
-        return cls(
-            states,
-            device,
-            column([float(p.temperature) for p in params]),
-            [p.top_k for p in params],
-            column([float(p.top_p) for p in params]),
-            column([float(p.min_p) for p in params]),
-        )
-
-    def any(self, test: Callable[[SampleState], bool]) -> bool:
-        """Whether some row passes the test."""
-        return any(test(state) for state in self.states)
-
-    def draw(self, scores: Tensor) -> Tensor:
-        """``[R]``: the first token at which the cumulative probability exceeds the row's number.
-
-        Greedy rows take the highest score.
-        """
-        highest = scores.argmax(dim=-1)
-        if not self.any(lambda s: not s.params.greedy):
-            return highest
-        cumulative = torch.softmax(scores, dim=-1).cumsum(dim=-1)
-        numbers = torch.from_numpy(uniform_numbers(self.states)).to(self.device).unsqueeze(1)
-        # Scaling by the last value keeps rounding of the sum from pointing past the end.
-        targets = numbers * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, targets, right=True).squeeze(1)
-        tokens = tokens.clamp_(max=scores.shape[1] - 1)
-        return torch.where(self.temperature.squeeze(1) == 0, highest, tokens)
+_CANDIDATES = 128
 
 
-def uniform_numbers(states: Sequence[SampleState]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def column(
+    states: Sequence[SampleState], value: Callable[[SamplingParams], float], device: torch.device
+) -> Tensor:
+    """One parameter of all rows, ``[R, 1]`` in fp32."""
+    values = [float(value(state.params)) for state in states]
+    return torch.tensor(values, device=device).unsqueeze(1)
+
+
+def uniform_numbers(states: Sequence[SampleState]) -> npt.NDArray[np.float32]:
     """One number in [0, 1) per row: a hash of its seed and of how many tokens it has.
 
     SplitMix64 (Fast Splittable Pseudorandom Number Generators, section 5).
     """
-    with np.errstate(over="ignore"):
-        seeds = np.array([s.seed & (2**64 - 1) for s in states], dtype=np.uint64)
-        draws = np.array([len(s.output_token_ids) + 1 for s in states], dtype=np.uint64)
-        mixed = _mix(_mix(seeds) + draws * np.uint64(0x9E3779B97F4A7C15))
-    return ((mixed >> np.uint64(40)).astype(np.float32) / np.float32(2**24)).astype(np.float32)
+    seeds = np.array([s.seed & (2**64 - 1) for s in states], dtype=np.uint64)
+    draws = np.array([len(s.output_token_ids) + 1 for s in states], dtype=np.uint64)
+    mixed = _mix(_mix(seeds) + draws * np.uint64(0x9E3779B97F4A7C15))
+    return (mixed >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
 
 
-def _mix(z: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-class SamplingStep(ABC):
-    """One link of the chain."""
+class ScoreStep(ABC):
+    """Changes the scores of some tokens of a row, each by a value of its own."""
 
     @abstractmethod
-    def applies(self, batch: SamplingBatch) -> bool:
-        """Whether some row asks for it."""
+    def asked(self, state: SampleState) -> bool:
+        """Whether the row asks for it."""
 
     @abstractmethod
-    def __call__(self, scores: Tensor, batch: SamplingBatch) -> Tensor:
-        """New scores; rows that do not ask for the step keep theirs."""
+    def entries(self, state: SampleState) -> Iterable[tuple[int, float]]:
+        """(token id, value) of every token to change."""
+
+    def change(self, scores: Tensor, values: Tensor) -> Tensor:
+        """New scores of the tokens; both ``[n]`` in fp32."""
+        return scores + values
+
+    def __call__(self, scores: Tensor, states: Sequence[SampleState]) -> None:
+        """Change ``scores`` ``[R, width]`` in place."""
+        found = [
+            (row, token, value)
+            for row, state in enumerate(states)
+            if self.asked(state)
+            for token, value in self.entries(state)
+        ]
+        if found:
+            rows, tokens, values = zip(*found, strict=True)
+            index = torch.tensor((rows, tokens), device=scores.device).unbind()
+            amounts = torch.tensor(values, dtype=torch.float32, device=scores.device)
+            scores[index] = self.change(scores[index], amounts)
 
 
-def default_steps() -> list[SamplingStep]:
-    """The usual chain, in order."""
-    return [Penalties(), LogitBias(), Bans(), Temperature(), TopK(), MinP(), TopP()]
+class RepetitionPenalty(ScoreStep):
+    """Divides positive scores of tokens seen, multiplies negative ones (CTRL, section 4.1)."""
+
+    def asked(self, state: SampleState) -> bool:
+        return state.params.repetition_penalty != 1.0
+
+    def entries(self, state: SampleState) -> Iterable[tuple[int, float]]:
+        factor = state.params.repetition_penalty
+        return ((t, factor) for t in {*state.prompt_token_ids, *state.output_token_ids})
+
+    def change(self, scores: Tensor, values: Tensor) -> Tensor:
+        return torch.where(scores > 0, scores / values, scores * values)
 
 
-class Penalties(SamplingStep):
-    """Repetition (CTRL, section 4.1), presence and frequency penalties of tokens seen."""
+class CountPenalties(ScoreStep):
+    """Presence and frequency penalties: subtracted once, and per occurrence, of output tokens."""
 
-    def applies(self, batch: SamplingBatch) -> bool:
-        return batch.any(self._asked)
+    def asked(self, state: SampleState) -> bool:
+        return bool(state.params.presence_penalty or state.params.frequency_penalty)
 
-    @staticmethod
-    def _asked(state: SampleState) -> bool:
-        params = state.params
-        return bool(
-            params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    def entries(self, state: SampleState) -> Iterable[tuple[int, float]]:
+        params, counts = state.params, Counter(state.output_token_ids)
+        return (
+            (token, -params.presence_penalty - params.frequency_penalty * count)
+            for token, count in counts.items()
         )
 
-    def __call__(self, scores: Tensor, batch: SamplingBatch) -> Tensor:
-        for row, state in enumerate(batch.states):
-            if not self._asked(state):
-                continue
-            params, counts = state.params, Counter(state.output_token_ids)
-            if params.repetition_penalty != 1.0:
-                seen = list({*state.prompt_token_ids, *counts})
-                old = scores[row, seen]
-                factor = params.repetition_penalty
-                scores[row, seen] = torch.where(old > 0, old / factor, old * factor)
-            if counts and (params.presence_penalty or params.frequency_penalty):
-                amounts = torch.tensor(list(counts.values()), device=batch.device)
-                scores[row, list(counts)] -= (
-                    params.frequency_penalty * amounts + params.presence_penalty
-                )
-        return scores
 
-
-class LogitBias(SamplingStep):
+class LogitBias(ScoreStep):
     """Addends per token."""
 
-    def applies(self, batch: SamplingBatch) -> bool:
-        return batch.any(lambda state: bool(state.params.logit_bias))
+    def asked(self, state: SampleState) -> bool:
+        return bool(state.params.logit_bias)
 
-    def __call__(self, scores: Tensor, batch: SamplingBatch) -> Tensor:
-        for row, state in enumerate(batch.states):
-            if bias := state.params.logit_bias:
-                values = torch.tensor(list(bias.values()), device=batch.device)
-                scores[row, list(bias)] += values.to(scores.dtype)
-        return scores
+    def entries(self, state: SampleState) -> Iterable[tuple[int, float]]:
+        return (state.params.logit_bias or {}).items()
 
 
-class Bans(SamplingStep):
+class Bans(ScoreStep):
     """Tokens that may not be drawn now."""
 
-    def applies(self, batch: SamplingBatch) -> bool:
-        return batch.any(lambda state: bool(state.banned_token_ids))
+    def asked(self, state: SampleState) -> bool:
+        return bool(state.banned_token_ids)
 
-    def __call__(self, scores: Tensor, batch: SamplingBatch) -> Tensor:
-        for row, state in enumerate(batch.states):
-            if state.banned_token_ids:
-                scores[row, list(state.banned_token_ids)] = -math.inf
-        return scores
+    def entries(self, state: SampleState) -> Iterable[tuple[int, float]]:
+        return ((token, -math.inf) for token in state.banned_token_ids)
 
 
-class Temperature(SamplingStep):
-    """Division by the temperature; greedy rows keep their scores."""
+class Candidates:
+    """Rows of scores that are being cut: what is below a row's threshold is out.
 
-    def applies(self, batch: SamplingBatch) -> bool:
-        return batch.any(lambda state: state.params.temperature not in (0.0, 1.0))
+    Cuts look among the likeliest tokens of a row; its other scores are read only where these do
+    not settle the matter. Only thresholds are decided, so equal scores share their fate.
 
-    def __call__(self, scores: Tensor, batch: SamplingBatch) -> Tensor:
-        divisor = torch.where(batch.temperature == 0, 1.0, batch.temperature)
-        return (scores - scores.amax(dim=-1, keepdim=True)).div_(divisor)
-
-
-class TopK(SamplingStep):
-    """Keeps the k highest scores, and ties of the last."""
-
-    def applies(self, batch: SamplingBatch) -> bool:
-        return any(batch.top_k)
-
-    def __call__(self, scores: Tensor, batch: SamplingBatch) -> Tensor:
-        vocab = scores.shape[1]
-        wanted = [min(k, vocab) for k in batch.top_k]
-        best = scores.topk(max(wanted), dim=-1).values
-        last = torch.tensor([max(k - 1, 0) for k in wanted], device=batch.device).unsqueeze(1)
-        threshold = best.gather(1, last)
-        off = torch.tensor([k == 0 for k in wanted], device=batch.device).unsqueeze(1)
-        return scores.masked_fill((scores < threshold) & ~off, -math.inf)
-
-
-class MinP(SamplingStep):
-    """Keeps tokens at least ``min_p`` times as likely as the likeliest (Min-p Sampling)."""
-
-    def applies(self, batch: SamplingBatch) -> bool:
-        return batch.any(lambda state: state.params.min_p > 0)
-
-    def __call__(self, scores: Tensor, batch: SamplingBatch) -> Tensor:
-        # log(0) is -inf, which keeps everything in rows that do not ask.
-        threshold = scores.amax(dim=-1, keepdim=True) + torch.log(batch.min_p)
-        return scores.masked_fill(scores < threshold, -math.inf)
-
-
-class TopP(SamplingStep):
-    """Keeps the smallest set of likeliest tokens with probability ``top_p``, and ties of its last.
-
-    The Curious Case of Neural Text Degeneration, section 3.1. The vocabulary is never sorted:
-    the set is looked for among the likeliest few, and where it is larger, the probability of its
-    last token is found by bisection.
+    Args:
+        scores: ``[R, width]`` in fp32, logarithms of the tokens' weights; each row's highest is 0.
     """
 
-    def applies(self, batch: SamplingBatch) -> bool:
-        return batch.any(self._asked)
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = scores
+        self.threshold = torch.full_like(scores[:, :1], -math.inf)
+        self._untouched = True
+        self._best, self._places = wide.largest(scores, _CANDIDATES)
 
-    @staticmethod
-    def _asked(state: SampleState) -> bool:
-        return state.params.top_p < 1.0 and not state.params.greedy
+    def raise_threshold(self, lowest: Tensor) -> None:
+        """Put everything below ``lowest`` ``[R, 1]`` out."""
+        self.threshold = torch.maximum(self.threshold, lowest)
+        self._untouched = False
 
-    def __call__(self, scores: Tensor, batch: SamplingBatch) -> Tensor:
-        rows = [row for row, state in enumerate(batch.states) if self._asked(state)]
-        wanted = batch.top_p[rows]
-        probabilities = torch.softmax(scores[rows], dim=-1)
-        best = probabilities.topk(min(_FIRST_CANDIDATES, scores.shape[1]), dim=-1).values
-        cumulative = best.cumsum(dim=-1)
-        place = (cumulative < wanted).sum(dim=-1, keepdim=True)
-        threshold = best.gather(1, place.clamp(max=best.shape[1] - 1))
-        beyond = (place == best.shape[1]).squeeze(1)
-        if bool(beyond.any()):
-            threshold[beyond] = _bisect(probabilities[beyond], wanted[beyond])
-        scores[rows] = scores[rows].masked_fill(probabilities < threshold, -math.inf)
-        return scores
+    def keep(self, measure: Callable[[Tensor], Tensor], wanted: Tensor) -> None:
+        """Keep the likeliest tokens, as few as measure ``wanted`` ``[R, 1]`` together.
+
+        Args:
+            measure: of each token, from its score; not negative.
+            wanted: 0 in rows that are not to be cut.
+        """
+        sums = measure(self._best).cumsum(dim=-1, dtype=torch.float64)
+        place = (sums < wanted).sum(dim=-1, keepdim=True)
+        lowest = self._best.gather(1, place.clamp(max=sums.shape[1] - 1))
+        beyond = (place == sums.shape[1]).squeeze(1).nonzero().squeeze(1)
+        if len(beyond):
+            scores = wide.take(self.scores, beyond)
+            lowest[beyond] = wide.lowest_kept(scores, measure(scores), wanted[beyond])
+        self.raise_threshold(lowest.masked_fill_(wanted <= 0, -math.inf))
+
+    def mass(self, rows: Tensor) -> Tensor:
+        """``[R, 1]``: the sum of the weights that are not out, where ``rows`` ``[R]`` is true."""
+        mass = self._best_weights().sum(dim=-1, keepdim=True, dtype=torch.float64)
+        unsettled = (self._unsettled() & rows).nonzero().squeeze(1)
+        if len(unsettled):
+            mass[unsettled] = wide.total(self._all_weights(unsettled))
+        return mass
+
+    def draw(self, numbers: Tensor) -> Tensor:
+        """``[R]`` tokens for ``numbers`` ``[R]`` in [0, 1), by the inverse cumulative weight."""
+        place = wide.locate(self._best_weights(), numbers)
+        tokens = self._places.gather(1, place.unsqueeze(1)).squeeze(1)
+        unsettled = self._unsettled().nonzero().squeeze(1)
+        if len(unsettled):
+            tokens[unsettled] = wide.locate(self._all_weights(unsettled), numbers[unsettled])
+        return tokens
+
+    def _unsettled(self) -> Tensor:
+        """Rows ``[R]`` that may keep tokens beyond the likeliest."""
+        return (self.threshold <= self._best[:, -1:]).squeeze(1)
+
+    def _best_weights(self) -> Tensor:
+        return self._best.exp().masked_fill_(self._best < self.threshold, 0)
+
+    def _all_weights(self, rows: Tensor) -> Tensor:
+        scores = wide.take(self.scores, rows)
+        if self._untouched:
+            return scores.exp()
+        return scores.exp().masked_fill_(scores < self.threshold[rows], 0)
 
 
-def _bisect(probabilities: Tensor, wanted: Tensor) -> Tensor:
-    """The largest threshold ``[R, 1]`` whose upper set has at least the ``wanted`` probability."""
-    low = torch.zeros_like(wanted)
-    high = probabilities.amax(dim=-1, keepdim=True)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        mass = torch.where(probabilities >= middle, probabilities, 0).sum(dim=-1, keepdim=True)
-        enough = mass >= wanted
-        low = torch.where(enough, middle, low)
-        high = torch.where(enough, high, middle)
-    return low
+class Cut(ABC):
+    """Puts unlikely tokens out."""
+
+    @abstractmethod
+    def asked(self, state: SampleState) -> bool:
+        """Whether the row asks for it."""
+
+    @abstractmethod
+    def __call__(self, candidates: Candidates, states: Sequence[SampleState]) -> None:
+        """Raise the thresholds of the rows that ask."""
+
+
+class TopK(Cut):
+    """Keeps the k highest scores, and ties of the last."""
+
+    def asked(self, state: SampleState) -> bool:
+        return state.params.top_k > 0
+
+    def __call__(self, candidates: Candidates, states: Sequence[SampleState]) -> None:
+        width = candidates.scores.shape[1]
+        counts = column(
+            states, lambda p: p.top_k if p.top_k < width else 0, candidates.scores.device
+        )
+        candidates.keep(torch.ones_like, counts)
+
+
+class MinP(Cut):
+    """Keeps tokens at least ``min_p`` times as likely as the likeliest (Min-p Sampling)."""
+
+    def asked(self, state: SampleState) -> bool:
+        return state.params.min_p > 0
+
+    def __call__(self, candidates: Candidates, states: Sequence[SampleState]) -> None:
+        # log(0) is -inf, which keeps everything in rows that do not ask.
+        shares = column(states, lambda params: params.min_p, candidates.scores.device)
+        candidates.raise_threshold(shares.log())
+
+
+class TopP(Cut):
+    """Keeps the smallest set of likeliest tokens with probability ``top_p``, and ties of its last.
+
+    The Curious Case of Neural Text Degeneration, section 3.1.
+    """
+
+    def asked(self, state: SampleState) -> bool:
+        return state.params.top_p < 1.0
+
+    def __call__(self, candidates: Candidates, states: Sequence[SampleState]) -> None:
+        shares = column(states, lambda params: params.top_p, candidates.scores.device)
+        asked = shares < 1.0
+        wanted = shares * candidates.mass(asked.squeeze(1))
+        candidates.keep(torch.exp, wanted.masked_fill(~asked, 0))
+
+
+def default_steps() -> list[ScoreStep]:
+    """The usual changes of scores, in order."""
+    return [RepetitionPenalty(), CountPenalties(), LogitBias(), Bans()]
+
+
+def default_cuts() -> list[Cut]:
+    """The usual cuts, in order: top-p's share is one of what the others leave."""
+    return [TopK(), MinP(), TopP()]

@@ -1,0 +1,95 @@
+"""Rows as wide as a vocabulary, worked on in blocks: no pass keeps indices, none sorts a row.
+
+The width is a multiple of ``BLOCK`` (see ``pad``). Every result of a row is computed from that row
+alone and in the same order, however many rows there are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 64
+_DIGITS = ((31, 21), (21, 11), (11, 0))
+"""Bits of a positive float, most significant first, as (end, start)."""
+_BINS = 1 << 11
+
+
+def pad(scores: Tensor) -> Tensor:
+    """``scores`` with columns of -inf up to a whole number of blocks."""
+    missing = -scores.shape[1] % BLOCK
+    return F.pad(scores, (0, missing), value=-math.inf) if missing else scores
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of ``x``, in order; ``x`` itself when that is all of them."""
+    return x if len(rows) == len(x) else x[rows]
+
+
+def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest score ``[R, 1]``, NaN where the row has one, and its first place ``[R]``."""
+    blocks = scores.view(len(scores), -1, BLOCK)
+    values, block = blocks.amax(dim=-1).max(dim=-1)
+    inside = blocks[torch.arange(len(scores), device=scores.device), block]
+    return values.unsqueeze(1), block * BLOCK + inside.argmax(dim=-1)
+
+
+def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest scores in descending order and their places, both ``[R, count]``.
+
+    They lie in the ``count`` blocks with the largest maxima.
+    """
+    blocks = scores.view(len(scores), -1, BLOCK)
+    if blocks.shape[1] <= count:
+        values, places = scores.topk(min(count, scores.shape[1]), dim=-1)
+        return values, places
+    best = blocks.amax(dim=-1).topk(count, dim=-1, sorted=False).indices
+    rows = torch.arange(len(scores), device=scores.device).unsqueeze(1)
+    values, places = blocks[rows, best].flatten(1).topk(count, dim=-1)
+    return values, best.gather(1, places // BLOCK) * BLOCK + places % BLOCK
+
+
+def total(weights: Tensor) -> Tensor:
+    """``[R, 1]``: the sum of each row, in fp64."""
+    blocks = weights.view(len(weights), -1, BLOCK)
+    return blocks.sum(dim=-1).sum(dim=-1, keepdim=True, dtype=torch.float64)
+
+
+def locate(weights: Tensor, numbers: Tensor) -> Tensor:
+    """``[R]``: the first place at which the running sum of a row exceeds ``number`` of its total.
+
+    Places of zero weight are never met. ``numbers`` is ``[R]``, in [0, 1).
+    """
+    blocks = weights.view(len(weights), -1, BLOCK)
+    sums = blocks.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    target = numbers.unsqueeze(1) * sums[:, -1:]
+    block = torch.searchsorted(sums, target, right=True)
+    before = F.pad(sums, (1, 0)).gather(1, block)
+    rows = torch.arange(len(weights), device=weights.device).unsqueeze(1)
+    inside = blocks[rows, block].squeeze(1).cumsum(dim=-1, dtype=torch.float64)
+    # The block was summed in another order; what is left of the target must stay below its end.
+    left = torch.minimum(target - before, inside[:, -1:] * (1 - 2**-50))
+    return (block * BLOCK + torch.searchsorted(inside, left, right=True)).squeeze(1)
+
+
+def lowest_kept(scores: Tensor, measures: Tensor, wanted: Tensor) -> Tensor:
+    """``[R, 1]``: the lowest score of the smallest upper set that measures at least ``wanted``.
+
+    Scores are at most 0 and ``measures``, of each place, at least 0, both ``[R, width]``. Where the
+    whole row measures less, it is the row's lowest score. Radix selection over the scores' bits.
+    """
+    keys = scores.abs().view(torch.int32)
+    prefix = torch.zeros_like(keys[:, :1])
+    above = torch.zeros_like(wanted, dtype=torch.float64)
+    for end, start in _DIGITS:
+        digits = (keys >> start) & ((1 << (end - start)) - 1)
+        inside = torch.where(keys >> end == prefix, measures, 0).double()
+        histogram = torch.zeros(len(keys), _BINS, dtype=torch.float64, device=keys.device)
+        sums = above + histogram.scatter_add_(1, digits.long(), inside).cumsum(dim=-1)
+        place = (sums < torch.minimum(wanted, sums[:, -1:])).sum(dim=-1, keepdim=True)
+        above = torch.cat((above, sums), dim=-1).gather(1, place)
+        prefix = (prefix << (end - start)) | place.int()
+    return -prefix.view(torch.float32)
