@@ -25,7 +25,13 @@ def export_model(model: LanguageModel, tokenizer: Tokenizer, directory: Path) ->
     )
     stops = [end_of_text, end_of_turn]
     write_json(model.config.to_hugging_face(end_of_text, pad), directory / "config.json")
-    generation = {"do_sample": False, "eos_token_id": stops, "pad_token_id": pad}
+    generation = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "eos_token_id": stops,
+        "pad_token_id": pad,
+    }
     write_json(generation, directory / "generation_config.json")
     save_tokenizer(tokenizer, directory, model.config.max_position_embeddings)
     weights = {
