@@ -1,23 +1,21 @@
 """Headrace against transformers on one checkpoint, the same tokens and the same threads.
 
-    python benchmarks/against_transformers.py
-
 Every measurement is made in a fresh process, one resident at a time, the two programs in turn.
 Transformers decodes with its own model and cache in a bare loop, and batches with ``generate``.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import Result, in_fresh_process, parser, progress, prompts
-from make_checkpoint import SHAPES, ensure_checkpoint, tensors
+from harness import Result, in_fresh_process, progress
+from make_checkpoint import ensure_checkpoint
 
+from headrace.cli.bench.engine import random_prompts
 from headrace.ops.host import last_level_cache, usable_cores
 from headrace.plan.hardware import read_bandwidth
 
@@ -26,6 +24,11 @@ PREFILL, DECODE, BATCH = (512, 1), (128, 33), (128, 64)
 """(tokens in, tokens out) of each measurement."""
 ROWS = 16
 REPEATS = 3
+NAMES = {
+    "decode": "decode, batch 1, tok/s",
+    "prefill": f"prefill of {PREFILL[0]}, tok/s",
+    "batch": f"{ROWS} x ({BATCH[0]} in, {BATCH[1]} out), output tok/s",
+}
 
 Generate = Callable[[list[list[int]], int], None]
 
@@ -40,7 +43,7 @@ def load_headrace(model: Path, threads: int) -> Generate:
         params = SamplingParams(
             max_tokens=count, temperature=0.0, ignore_eos=True, detokenize=False
         )
-        outputs = llm.generate(inputs, params)
+        outputs = llm.generate(inputs, params, use_tqdm=False)
         assert all(len(output.outputs[0].token_ids) == count for output in outputs)
 
     return generate
@@ -73,14 +76,13 @@ def load_transformers(model: Path, threads: int) -> Generate:
     return generate
 
 
-def measure(program: str, model: Path, threads: int, seed: int) -> dict[str, float]:
+def measure_program(program: str, model: Path, threads: int, seed: int) -> dict[str, float]:
     """Tokens per second of one program, the medians of a few requests after a warm-up."""
-    generate = {"headrace": load_headrace, "transformers": load_transformers}[program](
-        model, threads
-    )
+    load = {"headrace": load_headrace, "transformers": load_transformers}[program]
+    generate = load(model, threads)
 
     def seconds(rows: int, length: int, count: int, key: int) -> float:
-        inputs = prompts(rows, length, seed * 1000 + key)
+        inputs = random_prompts(rows, length, 4000, seed=seed * 1000 + key)
         start = time.perf_counter()
         generate(inputs, count)
         return time.perf_counter() - start
@@ -101,71 +103,30 @@ def measure(program: str, model: Path, threads: int, seed: int) -> dict[str, flo
     }
 
 
-def compare(shape: str, rounds: int, threads: int) -> Result:
+def measure(rounds: int, quick: bool) -> Result:
     """Both programs in turn, ``rounds`` times; medians, ratios, share of the bandwidth."""
-    model = ensure_checkpoint(shape)
+    shape, threads = "tiny" if quick else "llama-3.2-1b", usable_cores()
+    model = in_fresh_process(ensure_checkpoint, shape)
     samples: dict[str, list[dict[str, float]]] = {program: [] for program in PROGRAMS}
-    bandwidth = []
+    bandwidths = []
     for number in range(rounds):
-        bandwidth.append(read_bandwidth(threads, max(256 << 20, 4 * last_level_cache())))
+        bandwidths.append(read_bandwidth(threads, max(256 << 20, 4 * last_level_cache())))
         for program in PROGRAMS if number % 2 == 0 else reversed(PROGRAMS):
             progress(f"round {number + 1} of {rounds}: {program}")
-            arguments = ("--worker", program, "--shape", shape, "--threads", str(threads))
-            sample = in_fresh_process("against_transformers.py", *arguments, "--seed", str(number))
+            sample = in_fresh_process(measure_program, program, model, threads, number)
             samples[program].append(sample)
-    return tabulate(shape, model, samples, median(bandwidth), threads)
-
-
-def tabulate(
-    shape: str,
-    model: Path,
-    samples: dict[str, list[dict[str, float]]],
-    bandwidth: float,
-    threads: int,
-) -> Result:
-    """The table of medians and ratios."""
-    names = {
-        "decode": "decode, batch 1, tok/s",
-        "prefill": f"prefill of {PREFILL[0]}, tok/s",
-        "batch": f"{ROWS} x ({BATCH[0]} in, {BATCH[1]} out), output tok/s",
+    bandwidth = median(bandwidths)
+    medians = {
+        name: [median(sample[key] for sample in samples[program]) for program in PROGRAMS]
+        for key, name in NAMES.items()
     }
-    rows: list[list[Any]] = []
-    for key, name in names.items():
-        ours, theirs = (median(sample[key] for sample in samples[p]) for p in PROGRAMS)
-        rows.append([name, ours, theirs, round(ours / theirs, 2)])
-    weights = sum(
-        2 * size[0] * (size[1] if len(size) > 1 else 1) for size in tensors(SHAPES[shape]).values()
-    )
-    shares = [
-        100 * weights * median(sample["decode"] for sample in samples[p]) / bandwidth
-        for p in PROGRAMS
-    ]
-    rows.append(["decode, % of memory bandwidth", *shares, round(shares[0] / shares[1], 2)])
-    rounds = len(samples[PROGRAMS[0]])
+    weights = (model / "model.safetensors").stat().st_size
+    shares = [100 * weights * rate / bandwidth for rate in medians[NAMES["decode"]]]
+    medians["decode, % of memory bandwidth"] = shares
     return Result(
         f"{shape} shape, bfloat16, {threads} threads, {bandwidth / 1e9:.1f} GB/s: "
         f"medians of {rounds} rounds",
         ["", *PROGRAMS, "ratio"],
-        rows,
+        [[name, *pair, round(pair[0] / pair[1], 2)] for name, pair in medians.items()],
         {"samples": samples, "bandwidth": bandwidth, "model": model.name},
     )
-
-
-def main() -> None:
-    """Compare, or measure one program as a worker."""
-    made = parser(__doc__)
-    made.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
-    made.add_argument("--threads", type=int, default=usable_cores())
-    made.add_argument("--worker", choices=PROGRAMS)
-    made.add_argument("--seed", type=int, default=0)
-    arguments = made.parse_args()
-    if arguments.worker:
-        model = ensure_checkpoint(arguments.shape)
-        figures = measure(arguments.worker, model, arguments.threads, arguments.seed)
-        print(json.dumps(figures))
-    else:
-        compare(arguments.shape, arguments.rounds, arguments.threads).print(arguments.json)
-
-
-if __name__ == "__main__":
-    main()

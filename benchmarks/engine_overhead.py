@@ -1,7 +1,5 @@
 """What the engine adds to the model's work in a step of 16 decoding rows.
 
-    python benchmarks/engine_overhead.py
-
 Scheduling, batch building, bookkeeping with detokenization, and results put together are timed
 step by step. What streaming to 16 consumers adds is the processor time of their event loop.
 """
@@ -10,15 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from statistics import median
 
-from harness import Result, parser, prompts
+from harness import Result
 
 from headrace import LLM, AsyncLLM, SamplingParams
-from headrace.cli.bench.steps import median_times, run_steps
+from headrace.cli.bench.engine import median_times, random_prompts, run_steps
 
 ROWS, INPUT = 16, 64
+PARTS = {
+    "plan": "scheduling",
+    "batch": "batch building",
+    "commit": "bookkeeping and detokenization",
+    "output": "results put together",
+}
 
 
 def sampled(tokens: int) -> SamplingParams:
@@ -26,14 +29,14 @@ def sampled(tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=tokens, temperature=0.8, top_p=0.95, seed=1, ignore_eos=True)
 
 
-def step_times(model: str | None, rounds: int, tokens: int) -> list[dict[str, float]]:
+def step_times(rounds: int, tokens: int) -> list[dict[str, float]]:
     """Median times of the parts of a step in which all rows decode, one per round."""
     medians = []
-    with LLM(model) as llm:
+    with LLM() as llm:
         for number in range(rounds + 1):
-            _, steps = run_steps(llm, prompts(ROWS, INPUT, seed=number), sampled(tokens))
-            decoding = steps[-(tokens // 2) : -1]
-            medians.append(median_times(decoding))
+            prompts = random_prompts(ROWS, INPUT, 4000, seed=number)
+            _, steps = run_steps(llm, prompts, sampled(tokens))
+            medians.append(median_times(steps[-(tokens // 2) : -1]))
     return medians[1:]
 
 
@@ -45,42 +48,36 @@ async def consume(llm: AsyncLLM, prompt: list[int], tokens: int) -> None:
         shown += len(text[shown:])
 
 
-def streaming_time(model: str | None, rounds: int, tokens: int) -> list[float]:
+def streaming_times(rounds: int, tokens: int) -> list[float]:
     """Processor seconds of the consumers' event loop per step, one figure per round."""
     figures = []
-    llm = AsyncLLM(model)
+    llm = AsyncLLM()
+
+    async def one_round(number: int) -> None:
+        steps, start = llm.stats().steps, time.thread_time()
+        prompts = random_prompts(ROWS, INPUT, 4000, seed=number)
+        await asyncio.gather(*(consume(llm, prompt, tokens) for prompt in prompts))
+        figures.append((time.thread_time() - start) / (llm.stats().steps - steps))
+
     with asyncio.Runner() as runner:
-
-        async def all_at_once(inputs: Sequence[list[int]]) -> None:
-            await asyncio.gather(*(consume(llm, prompt, tokens) for prompt in inputs))
-
         for number in range(rounds + 1):
-            steps, start = llm.stats().steps, time.thread_time()
-            runner.run(all_at_once(prompts(ROWS, INPUT, seed=number)))
-            figures.append((time.thread_time() - start) / (llm.stats().steps - steps))
+            runner.run(one_round(number))
     llm.close()
     return figures[1:]
 
 
-def measure(model: str | None, rounds: int, tokens: int) -> Result:
-    """All parts, in milliseconds per step."""
-    times = step_times(model, rounds, tokens)
-    streaming = [1000 * seconds for seconds in streaming_time(model, rounds, tokens)]
+def measure(rounds: int, quick: bool) -> Result:
+    """All parts on the embedded model, in milliseconds per step."""
+    tokens = 12 if quick else 128
+    times = step_times(rounds, tokens)
+    streaming = [1000 * seconds for seconds in streaming_times(rounds, tokens)]
     parts = {name: 1000 * median(each[name] for each in times) for name in times[0]}
-    names = {
-        "plan": "scheduling",
-        "batch": "batch building",
-        "commit": "bookkeeping and detokenization",
-        "output": "results put together",
-    }
-    known = sum(parts[name] for name in names)
-    rest = parts["overhead"] - known
     return Result(
         f"a step of {ROWS} decoding rows: ms, medians of {rounds} rounds",
         ["", "ms"],
         [
-            *([title, parts[name]] for name, title in names.items()),
-            ["between these", rest],
+            *([title, parts[name]] for name, title in PARTS.items()),
+            ["between these", parts["overhead"] - sum(parts[name] for name in PARTS)],
             ["streaming to consumers", median(streaming)],
             ["engine in all", parts["overhead"] + median(streaming)],
             ["sampler, apart (temperature and top-p)", parts["sample"]],
@@ -88,11 +85,3 @@ def measure(model: str | None, rounds: int, tokens: int) -> Result:
         ],
         {"steps": times, "streaming_ms": streaming},
     )
-
-
-if __name__ == "__main__":
-    made = parser(__doc__)
-    made.add_argument("--model", help="default: the embedded model")
-    made.add_argument("--tokens", type=int, default=128, help="steps of a round (default: 128)")
-    arguments = made.parse_args()
-    measure(arguments.model, arguments.rounds, arguments.tokens).print(arguments.json)

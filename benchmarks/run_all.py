@@ -1,6 +1,6 @@
-"""Run every benchmark and write their tables to docs/performance.md.
+"""Run the benchmarks and write their tables to docs/performance.md.
 
-    python benchmarks/run_all.py
+    python benchmarks/run_all.py --only startup
 
 Results are kept as JSON, so that ``--only`` can renew one table and leave the others.
 """
@@ -8,14 +8,17 @@ Results are kept as JSON, so that ``--only`` can renew one table and leave the o
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from harness import CACHE, Result, in_fresh_process, progress
 
-from headrace.plan.hardware import HardwareProfile, probe
+from headrace.cli.output import report
+from headrace.plan.hardware import probe
 
 BENCHMARKS = {
     "against_transformers": "Against transformers",
@@ -24,6 +27,7 @@ BENCHMARKS = {
     "startup": "Start",
     "simulate": "Simulation",
 }
+"""Module -> heading on the page."""
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 RESULTS = CACHE / "results.json"
 
@@ -32,54 +36,67 @@ HEAD = """\
 
 <!-- Written by benchmarks/run_all.py; measure again rather than edit. -->
 
-Measured by the scripts in `benchmarks/`. Every figure is a median; where programs are compared,
+Measured by the programs in `benchmarks/`. Every figure is a median; where programs are compared,
 each runs in a fresh process, one at a time, in turn. Only ratios within one table hold: the speed
 of a machine drifts.
 """
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Run one benchmark, and note where and when."""
-    progress(f"running {name}")
-    result: dict[str, Any] = in_fresh_process(f"{name}.py", "--json")
-    return {"result": result, "machine": describe(probe()), "day": date.today().isoformat()}
+def measure(name: str, rounds: int, quick: bool) -> Result:
+    """Run one benchmark in this process."""
+    result: Result = importlib.import_module(name).measure(rounds, quick)
+    return result
 
 
-def describe(hardware: HardwareProfile) -> str:
+def describe_machine() -> str:
     """The machine in one line."""
+    hardware = probe()
     return (
         f"{hardware.processor}, {hardware.cores} cores, {' '.join(hardware.isa)}, "
         f"{hardware.memory_bandwidth / 1e9:.1f} GB/s"
     )
 
 
-def render(results: dict[str, dict[str, Any]]) -> str:
+def render(entries: dict[str, dict[str, Any]]) -> str:
     """The whole page."""
     parts = [HEAD]
     for name, heading in BENCHMARKS.items():
-        if name in results:
-            entry = results[name]
+        if name in entries:
+            entry = entries[name]
             table = Result(**entry["result"])
             title = f"{table.title[0].upper()}{table.title[1:]}"
             parts.append(
-                f"## {heading}\n\n```bash\npython benchmarks/{name}.py\n```\n\n"
-                f"{title}. {entry['machine']}; {entry['day']}.\n\n"
-                f"{table.markdown()}\n"
+                f"## {heading}\n\n```bash\npython benchmarks/run_all.py --only {name}\n```\n\n"
+                f"{title}. {entry['machine']}; {entry['day']}.\n\n{table.markdown()}\n"
             )
     return "\n".join(parts)
 
 
 def main() -> None:
-    """Measure and write."""
-    made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("--only", choices=sorted(BENCHMARKS), action="append")
-    arguments = made.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    """Measure, show, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=BENCHMARKS, action="append", help="(repeatable)")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print JSON objects, not tables")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, only to see that it works; no page"
+    )
+    arguments = parser.parse_args()
+    entries = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     CACHE.mkdir(parents=True, exist_ok=True)
     for name in arguments.only or BENCHMARKS:
-        results[name] = measure(name)
-        RESULTS.write_text(json.dumps(results, indent=2))
-    PAGE.write_text(render(results), encoding="utf-8")
+        progress(f"running {name}")
+        result = in_fresh_process(measure, name, arguments.rounds, arguments.quick)
+        table = (result.title, result.columns, result.rows)
+        report(asdict(result), table, as_json=arguments.json)
+        if not arguments.quick:
+            entries[name] = {
+                "result": asdict(result),
+                "machine": describe_machine(),
+                "day": date.today().isoformat(),
+            }
+            RESULTS.write_text(json.dumps(entries, indent=2))
+            PAGE.write_text(render(entries), encoding="utf-8")
 
 
 if __name__ == "__main__":

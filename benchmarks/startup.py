@@ -1,7 +1,4 @@
-"""From starting the program to the embedded model's first token, in fresh processes.
-
-python benchmarks/startup.py
-"""
+"""From starting the program to the embedded model's first token, in fresh processes."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import sys
 import time
 from statistics import median
 
-from harness import Result, parser
+from harness import Result
 
 
 def first_output() -> float:
@@ -26,18 +23,12 @@ def first_output() -> float:
     return seconds
 
 
-def measure(rounds: int) -> Result:
+def measure(rounds: int, quick: bool) -> Result:
     """Start the program ``rounds`` times."""
     times = [first_output() for _ in range(rounds)]
-    rows = [["first start", times[0]], ["median", median(times)], ["slowest", max(times)]]
     return Result(
         f"embedded model, {rounds} fresh processes: seconds to the first token",
         ["", "s"],
-        rows,
+        [["first start", times[0]], ["median", median(times)], ["slowest", max(times)]],
         {"seconds": times},
     )
-
-
-if __name__ == "__main__":
-    arguments = parser(__doc__).parse_args()
-    measure(arguments.rounds).print(arguments.json)

@@ -53,17 +53,21 @@ class EngineConfig:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "block_size", "max_num_waiting"):
-            self._check(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in (
+        positive = ("max_num_seqs", "block_size", "max_num_waiting")
+        optional = (
             "max_model_len",
             "max_num_batched_tokens",
             "kv_cache_memory_bytes",
             "num_threads",
-        ):
+        )
+        for name in (*positive, *optional):
             value = getattr(self, name)
-            self._check(name, value is None or value >= 1, "must be at least 1")
-        self._check("memory_utilization", 0 < self.memory_utilization <= 1, "must be in (0, 1]")
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            ok = whole or (value is None and name in optional)
+            self._check(name, ok, "must be an integer of at least 1")
+        share = self.memory_utilization
+        ok = isinstance(share, (int, float)) and 0 < share <= 1
+        self._check("memory_utilization", ok, "must be in (0, 1]")
         dtypes = ("auto", "float32", "bfloat16", "float16")
         self._check("dtype", self.dtype in dtypes, f"must be one of {', '.join(dtypes)}")
         if self.reference:

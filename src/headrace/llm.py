@@ -276,10 +276,11 @@ class AsyncLLM(_Face):
         engine_id = str(next(self._numbers))
         if request_id is None:
             request_id = f"request-{engine_id}"
+        builder = self._new_builder(request_id, text, token_ids, params)
+        output, stream = builder.output, _Stream()
         if self._engine_ids.setdefault(request_id, engine_id) != engine_id:
             raise InvalidRequestError("request_id", f"{request_id!r} is already running")
-        output = (builder := self._new_builder(request_id, text, token_ids, params)).output
-        stream = self._streams[engine_id] = _Stream()
+        self._streams[engine_id] = stream
         try:
             self._check_open()
             self._inbox.put(lambda: self._add(engine_id, token_ids, params, priority, profile))

@@ -1,4 +1,4 @@
-"""The benchmark scripts run; what they measure is not judged here."""
+"""The benchmarks run; what they measure is not judged here."""
 
 from __future__ import annotations
 
@@ -12,15 +12,11 @@ import pytest
 
 from headrace import LLM, SamplingParams
 
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """A home directory of its own, under which the scripts keep their checkpoints."""
-    return tmp_path
+BENCHMARKS = ("against_transformers", "engine_overhead", "prefix_caching", "startup", "simulate")
 
 
 def output_of(repository: Path, home: Path, script: str, *arguments: str) -> str:
-    """What a script prints."""
+    """What a script prints; it keeps its files in the home directory ``home``."""
     command = [sys.executable, str(repository / "benchmarks" / script), *arguments]
     environment = {**os.environ, "HOME": str(home)}
     done = subprocess.run(
@@ -30,41 +26,26 @@ def output_of(repository: Path, home: Path, script: str, *arguments: str) -> str
     return done.stdout
 
 
-def test_the_checkpoint_loads(repository: Path, home: Path) -> None:
-    directory = output_of(repository, home, "make_checkpoint.py", "--shape", "tiny").strip()
-    assert Path(directory).is_relative_to(home)
+def test_the_checkpoint_loads(repository: Path, tmp_path: Path) -> None:
+    directory = output_of(repository, tmp_path, "make_checkpoint.py", "tiny").strip()
+    assert Path(directory).is_relative_to(tmp_path)
     with LLM(directory) as llm:
         params = SamplingParams(max_tokens=4, ignore_eos=True)
         assert len(llm.generate([[300, 301]], params)[0].outputs[0].token_ids) == 4
         assert llm.model_info.num_parameters == 3_279_104
 
 
-@pytest.mark.parametrize("program", ["headrace", "transformers"])
-def test_both_programs_measure_the_same_things(program: str, repository: Path, home: Path) -> None:
-    arguments = ("--worker", program, "--shape", "tiny", "--threads", "1")
-    figures = json.loads(output_of(repository, home, "against_transformers.py", *arguments))
-    assert set(figures) == {"prefill", "decode", "batch"}
-    assert all(value > 0 for value in figures.values())
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("prefix_caching.py",),
-        ("engine_overhead.py", "--tokens", "12"),
-        ("startup.py",),
-        ("simulate.py", "--requests", "600"),
-    ],
-)
-def test_results_are_tables(command: tuple[str, ...], repository: Path, home: Path) -> None:
-    table = json.loads(output_of(repository, home, *command, "--json", "--rounds", "1"))
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_results_are_tables(name: str, repository: Path, tmp_path: Path) -> None:
+    options = ("--only", name, "--quick", "--json", "--rounds", "1")
+    table = json.loads(output_of(repository, tmp_path, "run_all.py", *options))
     assert table["title"]
     assert all(len(row) == len(table["columns"]) for row in table["rows"])
-    assert all(row[1] > 0 for row in table["rows"])
+    assert all(value > 0 for row in table["rows"] for value in row[1:])
 
 
 def test_every_benchmark_is_explained(repository: Path) -> None:
-    folder = repository / "benchmarks"
-    page = (folder / "README.md").read_text()
-    for script in folder.glob("*.py"):
-        assert script.name == "harness.py" or f"python benchmarks/{script.name}`" in page
+    page = (repository / "benchmarks" / "README.md").read_text()
+    for name in BENCHMARKS:
+        assert (repository / "benchmarks" / f"{name}.py").is_file()
+        assert f"`python benchmarks/run_all.py --only {name}`" in page

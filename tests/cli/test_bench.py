@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from headrace import LLM, SamplingParams
-from headrace.cli.bench.steps import median_times, run_steps
-from headrace.cli.timing import Timing, percentile, summary
+from headrace.cli.bench.engine import median_times, run_steps
+from headrace.cli.bench.load import summary
+from headrace.cli.timing import describe, timing
 from headrace.contracts.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from tests.cli.programs import invoke
 
@@ -72,8 +73,8 @@ def finished(metrics: RequestMetrics, tokens: int) -> RequestOutput:
 
 def test_timing_of_a_request() -> None:
     metrics = RequestMetrics(1.0, 2.0, 4.0, 8.0, num_cached_tokens=4)
-    timing = Timing.of(finished(metrics, 5))
-    assert timing.as_dict() == {
+    figures = timing(finished(metrics, 5))
+    assert figures == {
         "prompt_tokens": 6,
         "cached_tokens": 4,
         "output_tokens": 5,
@@ -82,17 +83,16 @@ def test_timing_of_a_request() -> None:
         "prefill_tokens_per_second": 3.0,
         "decode_tokens_per_second": 1.0,
     }
-    assert "prompt 10 tokens (4 cached, 3 tok/s)" in timing.describe()
+    assert "prompt 10 tokens (4 cached, 3 tok/s)" in describe(figures)
 
 
 def test_timing_without_tokens() -> None:
-    timing = Timing.of(finished(RequestMetrics(1.0, 2.0, None, 3.0), 0))
-    assert timing.output_tokens == 0
-    assert timing.time_to_first_token == timing.decode_tokens_per_second == 0.0
+    figures = timing(finished(RequestMetrics(1.0, 2.0, None, 3.0), 0))
+    assert figures["output_tokens"] == 0
+    assert figures["time_to_first_token"] == figures["decode_tokens_per_second"] == 0.0
 
 
 def test_percentiles() -> None:
-    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert percentile([0.0, 10.0], 0.99) == pytest.approx(9.9)
-    assert percentile([7.0], 0.99) == 7.0
+    assert summary([3.0, 1.0, 2.0])["p50"] == 2.0
+    assert summary([0.0, 10.0])["p99"] == pytest.approx(9.9)
     assert summary([1.0, 2.0, 6.0]) == {"mean": 3.0, "p50": 2.0, "p99": pytest.approx(5.92)}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from headrace.cli.app import app
 from headrace.cli.bench import load
-from headrace.cli.bench.workload import random_prompts
+from headrace.cli.bench.engine import random_prompts
 from tests.cli.fake_server import fake_server
 
 
@@ -78,7 +78,7 @@ def records(prompts: list[list[int]], **arrivals: Any) -> list[load.RequestRecor
     options = {"request_rate": None, "max_concurrency": None, "seed": 0, **arrivals}
 
     async def go(url: str) -> list[load.RequestRecord]:
-        async with load.connect(url, None, 10) as client:
+        async with load.connect(url, None) as client:
             return await load.run_load(client, "completions", bodies, **options)
 
     with fake_server() as (url, _):

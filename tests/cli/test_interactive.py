@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from headrace.cli import interactive
+from headrace.cli.run import Messages, converse
 from headrace.contracts.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from headrace.errors import GenerationError
 from tests.cli.programs import Terminal
@@ -47,8 +47,8 @@ class FakeSession:
         self.answers = list(answers)
         self.asked: list[Any] = []
 
-    def reply(self, messages: list[dict[str, str]], emit: Any) -> RequestOutput:
-        self.asked.append(messages)
+    def answer(self, prompt: str | Messages, emit: Any) -> RequestOutput:
+        self.asked.append(prompt)
         answer = self.answers.pop(0)
         emit("part")
         if isinstance(answer, BaseException):
@@ -57,14 +57,12 @@ class FakeSession:
         metrics = RequestMetrics(0.0, 0.0, 1.0, 2.0)
         return RequestOutput("0", None, [1], [CompletionOutput(0)], True, metrics=metrics)
 
-    complete: Any = reply
-
 
 def talk(
     monkeypatch: pytest.MonkeyPatch,
     lines: list[str | BaseException],
     session: FakeSession,
-    **options: Any,
+    opening: Messages | None,
 ) -> None:
     """Type lines, or Ctrl-C where a KeyboardInterrupt stands, then Ctrl-D."""
     script = iter(lines)
@@ -76,7 +74,7 @@ def talk(
         return line
 
     monkeypatch.setattr("builtins.input", read)
-    interactive.converse(session, **{"chat": True, "system": None, **options})  # type: ignore[arg-type]
+    converse(session, opening)  # type: ignore[arg-type]
 
 
 def roles(messages: list[dict[str, str]]) -> list[str]:
@@ -85,7 +83,7 @@ def roles(messages: list[dict[str, str]]) -> list[str]:
 
 def test_the_conversation_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     session = FakeSession("A", "B", "C")
-    talk(monkeypatch, ["a", "", "b", "/clear", "c"], session, system="s")
+    talk(monkeypatch, ["a", "", "b", "/clear", "c"], session, [{"role": "system", "content": "s"}])
     assert [roles(messages) for messages in session.asked] == [
         ["system: s", "user: a"],
         ["system: s", "user: a", "assistant: partA", "user: b"],
@@ -97,14 +95,14 @@ def test_a_stopped_answer_is_kept_a_failed_one_is_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = FakeSession(KeyboardInterrupt(), GenerationError("broken"), "C")
-    talk(monkeypatch, ["a", "b", "c"], session)
+    talk(monkeypatch, ["a", "b", "c"], session, [])
     assert roles(session.asked[2]) == ["user: a", "assistant: part", "user: c"]
     assert "headrace: broken" in capsys.readouterr().err
 
 
 def test_an_interrupt_at_the_prompt_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     session = FakeSession("A", "B")
-    talk(monkeypatch, ["a", KeyboardInterrupt(), "b"], session)
+    talk(monkeypatch, ["a", KeyboardInterrupt(), "b"], session, [])
     assert roles(session.asked[1]) == ["user: a", "assistant: partA", "user: b"]
 
 
@@ -112,6 +110,6 @@ def test_completions_have_no_memory(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = FakeSession("A", "B")
-    talk(monkeypatch, ["a", "/clear"], session, chat=False)
+    talk(monkeypatch, ["a", "/clear"], session, None)
     assert session.asked == ["a", "/clear"]
     assert capsys.readouterr().out == "apartA\n/clearpartB\n"

@@ -78,7 +78,7 @@ def test_values_out_of_range(
 ) -> None:
     """They are refused before anything is loaded: loading would fail here."""
     monkeypatch.setitem(sys.modules, "headrace.llm", None)
-    monkeypatch.setitem(sys.modules, "headrace.cli.diagnosis", None)
+    monkeypatch.setitem(sys.modules, "headrace.ops.device", None)
     monkeypatch.setitem(sys.modules, "headrace.cli.bench.load", None)
     done = invoke(*arguments)
     assert done.exit_code == 1

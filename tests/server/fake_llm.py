@@ -47,11 +47,11 @@ class FakeTokenizer:
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def apply_chat_template(
+    def encode_chat(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **_: Any
-    ) -> str:
+    ) -> list[int]:
         text = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
-        return text + "assistant:" if add_generation_prompt else text
+        return self.encode(text + "assistant:" if add_generation_prompt else text)
 
 
 @dataclass
@@ -70,6 +70,7 @@ class FakeLLM:
     seen: list[tuple[str, SamplingParams, int]] = field(default_factory=list)
     closed: bool = False
     draining: bool = False
+    is_running: bool = True
     config: EngineConfig = field(default_factory=lambda: EngineConfig(max_num_waiting=32))
     model_info: Any = field(
         default_factory=lambda: SimpleNamespace(name="fake", max_model_len=4096)

@@ -1,13 +1,9 @@
-"""The smaller routes: models, tokenizer, health, version, metrics, description."""
+"""The smaller routes: models, tokenizer, health, metrics."""
 
 from __future__ import annotations
 
-import json
-import re
-
 import httpx
 
-import headrace
 from tests.server.fake_llm import END, FakeLLM
 from tests.server.loopback import serving
 from tests.server.reading import metrics
@@ -24,16 +20,10 @@ def test_models(client: httpx.Client) -> None:
 
 
 def test_tokenize(client: httpx.Client) -> None:
-    response = client.post("/tokenize", json={"prompt": "hi", "return_token_strs": True})
-    assert response.json() == {
-        "count": 2,
-        "max_model_len": 4096,
-        "tokens": [104, 105],
-        "token_strs": ["h", "i"],
-    }
+    response = client.post("/tokenize", json={"prompt": "hi"})
+    assert response.json() == {"count": 2, "max_model_len": 4096, "tokens": [104, 105]}
     response = client.post("/tokenize", json={"messages": [USER], "add_generation_prompt": False})
     assert bytes(response.json()["tokens"]) == b"user: hi\n"
-    assert response.json()["token_strs"] is None
 
 
 def test_detokenize(client: httpx.Client) -> None:
@@ -41,9 +31,16 @@ def test_detokenize(client: httpx.Client) -> None:
     assert response.json() == {"prompt": "h<end>"}
 
 
-def test_health_and_version(client: httpx.Client) -> None:
+def test_health(client: httpx.Client) -> None:
     assert client.get("/health").status_code == 200
-    assert client.get("/version").json() == {"version": headrace.__version__}
+
+
+def test_an_engine_that_has_stopped_is_not_healthy(client: httpx.Client, llm: FakeLLM) -> None:
+    llm.is_running = False
+    response = client.get("/health")
+    llm.is_running = True
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_stopped"
 
 
 def test_the_engines_counts_are_metrics(client: httpx.Client) -> None:
@@ -55,22 +52,9 @@ def test_the_engines_counts_are_metrics(client: httpx.Client) -> None:
 def test_finished_requests_are_metrics() -> None:
     with serving(FakeLLM()) as url, httpx.Client(base_url=url) as client:
         client.post("/v1/completions", json={"prompt": ["hey", "you"], "n": 3})
-        client.post("/v1/completions", json={"prompt": "fail", "n": 2})
         found = metrics(client)
     assert found["headrace_completions_finished_total{finish_reason=length}"] == 6
-    assert found["headrace_completions_finished_total{finish_reason=error}"] == 2
     assert found["headrace_time_to_first_token_seconds_count"] == 2
     assert found["headrace_time_to_first_token_seconds_sum"] == 0.5
     assert found["headrace_time_per_output_token_seconds_sum"] == 1.0
     assert found["headrace_request_duration_seconds_sum"] == 2.5
-
-
-def test_the_api_describes_itself(client: httpx.Client) -> None:
-    description = client.get("/openapi.json").json()
-    body = description["paths"]["/v1/completions"]["post"]["requestBody"]
-    reference = body["content"]["application/json"]["schema"]["$ref"]
-    schema = description["components"]["schemas"][reference.removeprefix("#/components/schemas/")]
-    assert {"prompt", "temperature", "echo"} <= schema["properties"].keys()
-    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(description)))
-    assert references <= description["components"]["schemas"].keys()
-    assert client.get("/docs").status_code == 404

@@ -17,10 +17,11 @@ def timing(output: RequestOutput) -> dict[str, float]:
     output_tokens = sum(len(completion.token_ids) for completion in output.outputs)
     decoded = output_tokens - len(output.outputs)
     waited = prefilling = decoding = 0.0
-    if metrics.first_token_time and metrics.first_scheduled_time and metrics.finished_time:
-        waited = metrics.first_token_time - metrics.arrival_time
-        prefilling = metrics.first_token_time - metrics.first_scheduled_time
-        decoding = metrics.finished_time - metrics.first_token_time
+    start, first = metrics.first_scheduled_time, metrics.first_token_time
+    if start is not None and first is not None and metrics.finished_time is not None:
+        waited = first - metrics.arrival_time
+        prefilling = first - start
+        decoding = metrics.finished_time - first
     return {
         "prompt_tokens": prompt_tokens,
         "cached_tokens": metrics.num_cached_tokens,
