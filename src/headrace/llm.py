@@ -344,6 +344,7 @@ class AsyncLLM(_Face):
                 self._empty_inbox(wait=not self.engine.has_unfinished_requests)
                 if self.engine.has_unfinished_requests:
                     self._deliver(self.engine.step())
+            self._empty_inbox(wait=False)
             for engine_id in list(self._streams):
                 self.engine.abort_request(engine_id)
         except BaseException as error:

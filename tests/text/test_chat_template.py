@@ -207,8 +207,8 @@ def put(directory: Path, template: object) -> None:
     file.write_text(json.dumps(settings | {"chat_template": template}), encoding="utf-8")
 
 
-def render(source: str, *messages: dict[str, Any], seconds: float = 60.0, **variables: Any) -> str:
-    return ChatTemplate(source, Path("t.jinja"), seconds).render(list(messages), variables)
+def render(source: str, *messages: dict[str, Any], **variables: Any) -> str:
+    return ChatTemplate(source, Path("t.jinja")).render(list(messages), variables)
 
 
 # The same prompts as transformers
@@ -257,6 +257,17 @@ def test_the_thinking_switch(directory: Path) -> None:
     thinking = tokenizer.apply_chat_template([USER])
     quiet = tokenizer.apply_chat_template([USER], enable_thinking=False)
     assert quiet == thinking + "<think>\n\n</think>\n\n"
+
+
+def test_a_conversation_is_encoded_as_its_prompt_says(directory: Path) -> None:
+    put(directory, LLAMA3)
+    tokenizer = Tokenizer(directory)
+    text = tokenizer.apply_chat_template([USER], date_string="today", tools=TOOLS)
+    ids = tokenizer.encode_chat([USER], date_string="today", tools=TOOLS)
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    shorter = tokenizer.encode_chat([USER], date_string="today", add_generation_prompt=False)
+    assert "assistant" not in tokenizer.decode(shorter)
 
 
 def test_no_tools_is_the_same_as_an_empty_list(directory: Path) -> None:
@@ -327,7 +338,7 @@ def test_a_template_that_is_not_jinja(directory: Path, source: str) -> None:
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json"])
 def test_a_damaged_file(directory: Path, name: str) -> None:
     (directory / name).write_bytes(b"\xff\xfe{")
-    with pytest.raises(CheckpointError, match=rf"{name} cannot be read.*download it again"):
+    with pytest.raises(CheckpointError, match=rf"{name} cannot be read.*fetch it again"):
         Tokenizer(directory)
 
 
@@ -384,10 +395,7 @@ def test_deeply_nested_messages_are_refused(directory: Path) -> None:
         "{% set _ = messages.append(1) %}",
         "{% set _ = messages[0].update(role='x') %}",
         "{% include '/etc/passwd' %}",
-        "{{ 10 ** (10 ** 8) }}",
         "{{ 'a' * 10 ** 12 }}",
-        "{{ 10 ** 12 * [1] }}",
-        "{{ lipsum(n=10000) }}",
         "{{ 1 // 0 }}",
         "{{ nothing.at.all }}",
         "{{ range(10 ** 7) }}",
@@ -402,40 +410,3 @@ def test_a_template_cannot_break_out(source: str) -> None:
 
 def test_a_format_string_sees_no_internals() -> None:
     assert render("{{ '{0.__class__}'.format(1) }}{{ '{0}'.format(1) }}") == "1"
-
-
-NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        NESTED,
-        NESTED.replace("x", "{{ loop.last }}"),
-        "{% block inner %}" + NESTED.replace("x", "") + "{% endblock %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1), f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    ],
-)
-def test_a_template_cannot_run_for_ever(source: str) -> None:
-    with pytest.raises(InvalidRequestError, match="takes too long"):
-        render(source, USER, seconds=0.2)
-
-
-def test_loops_are_whole_under_the_deadline() -> None:
-    source = (
-        "{% for k, v in pairs.items() if v %}{{ loop.index }}/{{ loop.length }}{{ k }}"
-        "{{ loop.previtem is defined }}{{ loop.nextitem is defined }}{{ loop.last }};"
-        "{% else %}none{% endfor %}"
-        "{% for x in missing %}{{ x }}{% else %}empty{% endfor %}"
-        "{% for x in tree recursive %}{{ x.n }}{{ loop(x.c) if x.c }}{% endfor %}"
-    )
-    tree = [{"n": 1, "c": [{"n": 2}, {"n": 3}]}, {"n": 4}]
-    expected = "1/2aFalseTrueFalse;2/2cTrueFalseTrue;empty1234"
-    assert render(source, pairs={"a": 1, "b": 0, "c": 2}, tree=tree) == expected
-
-
-def test_small_arithmetic_is_untouched() -> None:
-    assert (
-        render("{{ '=' * 3 }}{{ 2 ** 8 }}{{ 3 * 4 }}{{ 2 ** -1 }}{{ [1] * 2 }}")
-        == "===256120.5[1, 1]"
-    )

@@ -146,6 +146,20 @@ def test_tokens_of_other_decoders(tmp_path: Path) -> None:
     assert tokenizer.token_bytes(1) == "▁the".encode()
 
 
+@given(text=st.text(max_size=200) | st.text("ab <|end>▁\u00e9", max_size=200))
+def test_no_token_is_longer_than_the_longest(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    for kind in KINDS.values():
+        tokenizer = Tokenizer(builders.save(kind(), tmp_path_factory.mktemp("kind")))
+        assert len(text) <= tokenizer.longest_token * len(tokenizer.encode(text))
+
+
+def test_the_longest_token(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(builders.save(builders.words(None), tmp_path))
+    assert tokenizer.longest_token == len("ning</w>")
+
+
 @pytest.mark.parametrize("token_id", [-1, 10**6, 2**40])
 def test_tokens_beyond_the_vocabulary(directory: Path, token_id: int) -> None:
     tokenizer = Tokenizer(directory)
@@ -228,5 +242,5 @@ def test_a_truncated_tokenizer_is_named(
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b"[" * 99999])
 def test_damaged_settings_are_named(directory: Path, name: str, content: bytes) -> None:
     (directory / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{name} .*download it again"):
+    with pytest.raises(CheckpointError, match=rf"{name} .*fetch it again"):
         Tokenizer(directory)

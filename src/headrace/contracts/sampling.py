@@ -115,7 +115,12 @@ class SamplingParams:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
             _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
-        for field in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+        for field in (
+            "ignore_eos",
+            "skip_special_tokens",
+            "include_stop_str_in_output",
+            "detokenize",
+        ):
             if not isinstance(getattr(self, field), bool):
                 raise InvalidRequestError(field, "must be true or false")
 

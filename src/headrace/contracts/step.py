@@ -76,7 +76,8 @@ class StepPlan:
     """One step: rows, and the page work that must precede them.
 
     Args:
-        copies: (source, target) pages, for copy-on-write.
+        copies: (source, target) pages, for copy-on-write; they come first, and no target is also
+            a source.
         blank: pages to zero: they will be partly filled, and stale bytes (another request's
             NaN) must not leak into padded reads.
     """

@@ -1,0 +1,310 @@
+"""A runner that proves, step by step, that every row reads exactly its own history."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from headrace.contracts.outputs import TokenLogprobs
+from headrace.contracts.profile import Profile
+from headrace.contracts.step import (
+    PageTables,
+    PlanRow,
+    RowResult,
+    Runner,
+    SampleState,
+    StepPlan,
+    StepResult,
+    Ticket,
+)
+from headrace.engine.engine import Engine
+from headrace.engine.sequence import Sequence, Status
+
+History = int
+"""Stands for everything that the keys and values of a slot depend on."""
+
+
+class Slot(NamedTuple):
+    """What a slot holds in place of keys and values."""
+
+    token: int
+    position: int
+    history: History
+
+
+BLANK = Slot(-1, -1, -1)
+POISON = Slot(-2, -2, -2)
+"""What a failed step leaves behind (NaN, say): nobody may ever read it."""
+
+
+class Violation(BaseException):
+    """The engine broke its contract with the runner. No ``Exception``: engines survive those."""
+
+
+def begin(profile: Profile) -> History:
+    """The history before the first token."""
+    return zlib.crc32(repr(profile).encode())
+
+
+def extend(history: History, token: int) -> History:
+    """The history after one more token."""
+    return hash((history, token))
+
+
+def histories(profile: Profile, tokens: SequenceOf[int]) -> list[History]:
+    """The history after each token."""
+    found, history = [], begin(profile)
+    for token in tokens:
+        history = extend(history, token)
+        found.append(history)
+    return found
+
+
+def draw(history: History, seed: int, number: int, banned: SequenceOf[int], vocab: int) -> int:
+    """The ``number``-th token of a sequence: a function of all that came before, and its seed."""
+    token = hash((history, seed, number)) % vocab
+    while token in banned:
+        token = (token + 1) % vocab
+    return token
+
+
+def score(history: History, token: int) -> TokenLogprobs:
+    """The log-probability of a known token after a history."""
+    return TokenLogprobs(token, -1.0 - hash((history, token)) % 1000, 1, ())
+
+
+def require(condition: bool, message: str, *details: object) -> None:
+    if not condition:
+        raise Violation(" ".join((message, *map(repr, details))))
+
+
+@dataclass
+class Fault:
+    """What goes wrong in the coming step.
+
+    "submit" and "collect" raise there, "interrupt" is Ctrl-C, "rows" fails some rows alone.
+    """
+
+    kind: Literal["submit", "collect", "interrupt", "rows"]
+    rows: int = 1
+    """Bits choose the rows; the first always fails."""
+
+
+@dataclass
+class Seen:
+    """What happened so far, so that tests can ask whether they tested anything."""
+
+    steps: int = 0
+    rows: int = 0
+    inputs: int = 0
+    copies: int = 0
+    blanks: int = 0
+    chunks: int = 0
+    mixed: int = 0
+    forks: int = 0
+    late_forks: int = 0
+    """Completions that lost the shared prompt before they went on: no row was free, say."""
+    resumed: int = 0
+    failed: set[str] = field(default_factory=set)
+
+
+class CheckingRunner(Runner):
+    """Keeps for every slot of every page the token, its position and its history.
+
+    It executes copies and blanks, writes the rows' inputs, and then reads the whole context of
+    each row back through the page tables, as attention does. Tokens are drawn from what was read.
+
+    Args:
+        inner: moves the clock.
+        engine: whose scheduler says what the sequences are.
+        vocab: tokens are below it.
+    """
+
+    def __init__(self, inner: Runner, engine: Engine, vocab: int) -> None:
+        self.seen = Seen()
+        self.fault: Fault | None = None
+        self.failed_requests: set[str] = set()
+        self._inner = inner
+        self._engine = engine
+        self._vocab = vocab
+        layout = engine.scheduler.accounting.layout
+        self._size = layout.block_size
+        self._groups = range(len(layout.groups))
+        self._pages = [[POISON] * self._size for _ in range(engine.stats().pages_total)]
+        self._fed: dict[int, int] = {}
+        self._resumed: dict[str, int] = {}
+        self._results: dict[Ticket, tuple[StepResult, Fault | None]] = {}
+
+    # -- the runner's side ------------------------------------------------------------------
+
+    def submit(self, plan: StepPlan, tables: PageTables) -> Ticket:
+        fault, self.fault = self.fault, None
+        running = {s.number: s for s in self._engine.scheduler.running}
+        self._check_plan(plan, running)
+        self._copy(plan)
+        for page in plan.blank:
+            self._pages[page] = [BLANK] * self._size
+        written: set[tuple[int, int]] = set()
+        failing = self._failing_rows(plan, fault)
+        for index, row in enumerate(plan.rows):
+            self._write(row, running[row.sequence], tables, written, index in failing)
+        if fault is not None:
+            self.seen.failed.add(fault.kind)
+            requests = [running[plan.rows[index].sequence].request for index in failing]
+            self.failed_requests = {request.request_id for request in requests}
+        if fault is not None and fault.kind == "submit":
+            raise RuntimeError("injected into submit")
+        results = [
+            RowResult(error="injected into a row")
+            if index in failing
+            else self._run(row, running[row.sequence], tables)
+            for index, row in enumerate(plan.rows)
+        ]
+        self._count(plan)
+        ticket = self._inner.submit(plan, tables)
+        self._results[ticket] = (StepResult(results), fault)
+        return ticket
+
+    def collect(self, ticket: Ticket) -> StepResult:
+        self._inner.collect(ticket)
+        result, fault = self._results.pop(ticket)
+        if fault is not None and fault.kind == "collect":
+            raise RuntimeError("injected into collect")
+        if fault is not None and fault.kind == "interrupt":
+            raise KeyboardInterrupt
+        return result
+
+    @staticmethod
+    def _failing_rows(plan: StepPlan, fault: Fault | None) -> set[int]:
+        if fault is None:
+            return set()
+        everything = set(range(len(plan.rows)))
+        if fault.kind != "rows":
+            return everything
+        return {index for index in everything if index == 0 or fault.rows >> index & 1}
+
+    def _copy(self, plan: StepPlan) -> None:
+        for source, target in plan.copies:
+            self._pages[target] = list(self._pages[source])
+
+    def _write(
+        self,
+        row: PlanRow,
+        sequence: Sequence,
+        tables: PageTables,
+        written: set[tuple[int, int]],
+        failing: bool,
+    ) -> None:
+        known = histories(sequence.request.profile, sequence.token_ids)
+        for offset, (token, position) in enumerate(zip(row.input_ids, row.positions, strict=True)):
+            column, place = divmod(row.slot + offset, self._size)
+            content = POISON if failing else Slot(token, position, known[row.slot + offset])
+            for group in self._groups:
+                page = int(tables[group, row.table_row, column])
+                require((page, place) not in written, "two inputs go to one slot", row, page)
+                written.add((page, place))
+                self._pages[page][place] = content
+
+    def _run(self, row: PlanRow, sequence: Sequence, tables: PageTables) -> RowResult:
+        """Read the context back, compare it with what it has to be, and go on from there."""
+        end = row.slot + len(row.input_ids)
+        known = histories(sequence.request.profile, sequence.token_ids)
+        expected = [Slot(sequence.token_ids[i], i, known[i]) for i in range(end)]
+        for group in self._groups:
+            count = -(-end // self._size)
+            pages = tables[group, row.table_row, :count].tolist()
+            slots = [slot for page in pages for slot in self._pages[page]]
+            require(slots[:end] == expected, "a wrong context is read", row, pages, slots)
+            rest = set(slots[end:])
+            require(rest <= {BLANK}, "padding holds something", row, pages, slots)
+        tokens = [self._sample(slots[end - 1].history, state) for state in row.samples]
+        scores = [
+            score(slots[row.slot + offset].history, token)
+            for offset, token in enumerate(row.score_ids)
+        ]
+        return RowResult(tokens, [None] * len(tokens), scores)
+
+    def _sample(self, history: History, state: SampleState) -> int:
+        number = len(state.output_token_ids)
+        return draw(history, state.seed, number, state.banned_token_ids, self._vocab)
+
+    # -- what a plan has to be --------------------------------------------------------------
+
+    def _check_plan(self, plan: StepPlan, running: dict[int, Sequence]) -> None:
+        limit = self._engine.scheduler.limit
+        require(0 < plan.num_inputs <= limit.tokens, "the budget of inputs is broken", plan)
+        require(len(plan.rows) <= limit.rows, "the budget of rows is broken", plan)
+        planned = [row.sequence for row in plan.rows]
+        require(len(set(planned)) == len(planned), "a sequence has two rows", plan)
+        require(len({row.table_row for row in plan.rows}) == len(planned), "rows share a table")
+        require(set(planned) <= running.keys(), "a sequence is planned that does not run", plan)
+        first = self._engine.scheduler.running.items[0]
+        require(first.number in planned, "the first in order stands still", plan)
+        singles = {s.number for s in running.values() if s.num_pending == 1}
+        if len(singles) < limit.tokens:
+            require(singles <= set(planned), "a decode starves", plan)
+        targets = [target for _, target in plan.copies] + plan.blank
+        require(len(set(targets)) == len(targets), "a page is prepared twice", plan)
+        sources = {source for source, _ in plan.copies}
+        require(not sources & set(targets), "a page that is copied is overwritten", plan)
+        for row in plan.rows:
+            self._check_row(row, running[row.sequence])
+
+    def _check_row(self, row: PlanRow, sequence: Sequence) -> None:
+        request, state, count = sequence.request, sequence.state, len(row.input_ids)
+        end = row.slot + count
+        require(sequence.status is Status.RUNNING, "a planned sequence does not run", row)
+        require(count > 0, "an empty row", row)
+        require(row.table_row == sequence.table_row, "a wrong table row", row)
+        known = request.prompt_token_ids + state.output_token_ids
+        require(sequence.token_ids == known, "tokens are lost", known, sequence.token_ids)
+        require(list(row.input_ids) == known[row.slot : end], "wrong inputs", row, known)
+        require(row.positions == range(row.slot, end), "wrong positions", row)
+        samples = []
+        if end == len(known) and request.max_tokens > 0:
+            together = sequence.index == 0 and not state.output_token_ids
+            samples = request.sequences if together else [sequence]
+        require(
+            [id(s) for s in row.samples] == [id(s.state) for s in samples], "wrong samples", row
+        )
+        if request.num_unscored == 0:
+            require(not row.score_ids, "the prompt is scored again", row)
+        else:
+            prompt = request.prompt_token_ids
+            missing = len(prompt) - request.num_unscored
+            wanted = prompt[row.slot + 1 : end + 1] if end >= missing else []
+            require(list(row.score_ids) == wanted, "wrong scores", row)
+        self._note_fed(row, sequence)
+
+    def _note_fed(self, row: PlanRow, sequence: Sequence) -> None:
+        """A token is fed twice only by a sequence that lost its pages in between."""
+        if row.sequence in self._fed and self._fed[row.sequence] != row.slot:
+            self.seen.resumed += 1
+            request = sequence.request
+            resumed = self._resumed[request.request_id] = (
+                self._resumed.get(request.request_id, 0) + 1
+            )
+            lost = request.metrics.num_preemptions
+            require(resumed <= lost, "tokens are fed again without need", row)
+        elif row.sequence not in self._fed and sequence.index > 0:
+            self.seen.late_forks += row.slot < len(sequence.request.prompt_token_ids)
+        self._fed[row.sequence] = row.slot + len(row.input_ids)
+
+    def _count(self, plan: StepPlan) -> None:
+        seen, lengths = self.seen, [len(row.input_ids) for row in plan.rows]
+        seen.steps += 1
+        seen.rows += len(plan.rows)
+        seen.inputs += plan.num_inputs
+        seen.copies += len(plan.copies)
+        seen.blanks += len(plan.blank)
+        seen.chunks += sum(
+            not row.samples and row.slot + length < len(self._known(row.sequence))
+            for row, length in zip(plan.rows, lengths, strict=True)
+        )
+        seen.mixed += len(lengths) > 1 and min(lengths) == 1 < max(lengths)
+        seen.forks += sum(len(row.samples) > 1 for row in plan.rows)
+
+    def _known(self, number: int) -> list[int]:
+        return next(s for s in self._engine.scheduler.running if s.number == number).token_ids

@@ -1,0 +1,312 @@
+"""Drives an engine, the one that ``LLM`` composes, and knows what must come of every request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from headrace.config import EngineConfig
+from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
+from headrace.contracts.outputs import SequenceUpdate, TokenLogprobs
+from headrace.contracts.profile import EXACT, Profile
+from headrace.contracts.sampling import SamplingParams
+from headrace.engine.sequence import Request
+from headrace.errors import OverloadedError
+from headrace.plan.simulation import simulated_engine
+from tests.engine.checking_runner import (
+    CheckingRunner,
+    Fault,
+    begin,
+    draw,
+    extend,
+    histories,
+    score,
+)
+
+VOCAB = 11
+EOS = 0
+
+
+def make_layout(groups: int, block_size: int) -> CacheLayout:
+    """``groups`` cache groups of one layer each."""
+    planes = tuple(PlaneSpec(name, "slot", 1, 2, "float32") for name in ("key", "value"))
+    return CacheLayout(
+        block_size, tuple(CacheGroup((layer,), (planes,)) for layer in range(groups))
+    )
+
+
+@dataclass
+class Setup:
+    """A small engine: everything about it is scarce."""
+
+    policy: str = "fcfs"
+    prefix_caching: bool = True
+    groups: int = 1
+    block_size: int = 2
+    pages: int = 12
+    """Per group."""
+    context: int = 20
+    rows: int = 4
+    tokens: int = 8
+    waiting: int = 6
+
+
+@dataclass
+class Record:
+    """What is known of one request: what it asked for, and what has come back."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    limit: int
+    profile: Profile
+    request: Request | None
+    tokens: list[list[int]] = field(default_factory=list)
+    reasons: list[str | None] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finished: bool = False
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end a sequence."""
+        return self.params.stop_ids + (() if self.params.ignore_eos else (EOS,))
+
+    @property
+    def longest(self) -> int:
+        """Inputs that all sequences together may feed, when nothing is preempted."""
+        return self.params.n * (len(self.prompt) + self.limit)
+
+
+class Harness:
+    """One engine with a ``CheckingRunner``, and a record of every request.
+
+    Each method checks what it can: updates against the records, counters, integrity.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        config = EngineConfig(
+            scheduling_policy=setup.policy,
+            enable_prefix_caching=setup.prefix_caching,
+            block_size=setup.block_size,
+            max_num_seqs=setup.rows,
+            max_num_batched_tokens=setup.tokens,
+            max_num_waiting=setup.waiting,
+            seed=0,
+        )
+        self.engine, self.clock = simulated_engine(
+            config,
+            layout=make_layout(setup.groups, setup.block_size),
+            num_pages=setup.pages * setup.groups,
+            context=setup.context,
+            vocab_size=VOCAB,
+            eos_token_ids=(EOS,),
+        )
+        self.runner = CheckingRunner(self.engine.runner, self.engine, VOCAB)
+        self.engine.runner = self.runner
+        self.records: dict[str, Record] = {}
+        self.refused = self.aborted = self.failed = 0
+        self._expected: dict[str, str] = {}
+        """Requests that must end in the coming step, and how."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that one sequence may have."""
+        return self.engine.limits.max_model_len
+
+    @property
+    def unfinished(self) -> list[Record]:
+        return [record for record in self.records.values() if not record.finished]
+
+    # -- actions ----------------------------------------------------------------------------
+
+    def add(
+        self,
+        prompt: SequenceOf[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        profile: Profile = EXACT,
+    ) -> Record | None:
+        """Add a request; ``None`` when the queue is full. Prompt and output are cut to fit."""
+        request_id = f"request-{len(self.records) + self.refused}"
+        prompt = list(prompt)
+        full = self.engine.stats().waiting >= self.setup.waiting
+        assert self.engine.queue_is_full == full
+        limit = self.engine.check_request(prompt, params)
+        try:
+            self.engine.add_request(request_id, prompt, params, priority=priority, profile=profile)
+        except OverloadedError:
+            assert full
+            self.refused += 1
+            return None
+        assert not full
+        scheduled = {s.request.request_id: s.request for s in self.engine.scheduler.waiting}
+        record = Record(request_id, prompt, params, limit, profile, scheduled.get(request_id))
+        record.tokens = [[] for _ in range(params.n)]
+        record.reasons = [None] * params.n
+        self.records[request_id] = record
+        if record.request is None:
+            assert limit == 0, "only a request that asks for nothing is never queued"
+        return record
+
+    def abort(self, record: Record) -> None:
+        """Abort a request, be it running, waiting or over."""
+        expected = not record.finished and self._expected.get(record.request_id) is None
+        ended_at_once = record.request is None
+        assert self.engine.abort_request(record.request_id) == (expected and not ended_at_once)
+        if expected and not ended_at_once:
+            self.aborted += 1
+            self._expected[record.request_id] = "abort"
+            held = {s.request.request_id for s in self.engine.scheduler.running}
+            assert record.request_id not in held, "an aborted request holds pages"
+
+    def step(self, fault: Fault | None = None) -> list[SequenceUpdate]:
+        """One step; with a fault, exactly the requests in it fail."""
+        scheduler, runner = self.engine.scheduler, self.runner
+        busy = bool(len(scheduler.running) or len(scheduler.waiting))
+        steps, now = runner.seen.steps, self.clock.now()
+        runner.fault, runner.failed_requests = fault, set()
+        try:
+            updates = self.engine.step()
+        except KeyboardInterrupt:
+            for record in self.unfinished:
+                self.abort(record)
+            return self.step()
+        finally:
+            submitted = runner.fault is None and (runner.seen.steps > steps or fault is not None)
+            runner.fault = None
+        assert submitted == busy, "the engine idles, or works without work"
+        assert self.clock.now() >= now
+        for request_id in runner.failed_requests:
+            self.failed += 1
+            self._expected[request_id] = "error"
+        for update in updates:
+            self._apply(update)
+        for request_id, reason in self._expected.items():
+            assert self.records[request_id].finished, "a request outlives its end"
+            assert reason in self.records[request_id].reasons
+        self._expected.clear()
+        return updates
+
+    def drain(self) -> None:
+        """Run everything to its end; then nothing may be left.
+
+        The first sequence in order feeds at least one input in each step and is never preempted,
+        so the number of steps is bounded by the inputs of all sequences.
+        """
+        bound = sum(record.longest for record in self.unfinished) + 1
+        while self.engine.has_unfinished_requests:
+            assert bound > 0, "a request starves"
+            bound -= 1
+            self.step()
+            self.check()
+        self.check_drained()
+
+    # -- checks -----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Invariants and counters, at any time."""
+        self.engine.check_integrity()
+        stats = self.engine.stats()
+        assert stats.generation_tokens == sum(
+            len(tokens) for record in self.records.values() for tokens in record.tokens
+        )
+        assert stats.prompt_tokens == sum(len(record.prompt) for record in self.records.values())
+        assert (stats.aborted, stats.failed) == (self.aborted, self.failed)
+        assert 0 <= stats.pages_used <= stats.pages_total - stats.pages_cached
+        assert stats.prefix_hit_tokens <= stats.prefix_query_tokens
+        assert stats.running <= self.setup.rows
+        held = {s.request.request_id for s in self.engine.scheduler.running}
+        assert held <= {record.request_id for record in self.unfinished}
+
+    def check_drained(self) -> None:
+        """Nothing is held and every request is complete."""
+        stats = self.engine.stats()
+        assert not self.unfinished
+        assert (stats.waiting, stats.running, stats.pages_used) == (0, 0, 0)
+        assert stats.pages_cached == 0 or self.setup.prefix_caching
+        assert self.engine.step() == []
+
+    def _apply(self, update: SequenceUpdate) -> None:
+        record = self.records[update.request_id]
+        assert not record.finished, "an update comes after the end"
+        assert record.reasons[update.index] is None, "a sequence goes on after its end"
+        record.tokens[update.index] += update.token_ids
+        assert update.text == ""
+        if update.prompt_logprobs is not None:
+            self._check_scores(record, update.prompt_logprobs)
+            if record.limit > 0:
+                assert (update.index, len(record.tokens[0])) == (0, 1), "with the first token"
+        if update.finish_reason is None:
+            assert len(update.token_ids) == 1
+        else:
+            record.reasons[update.index] = update.finish_reason
+            self._check_ending(record, update)
+        if update.request_finished:
+            assert None not in record.reasons
+            record.finished = True
+            self._check_request(record, update)
+        else:
+            assert update.metrics is None
+
+    def _check_ending(self, record: Record, update: SequenceUpdate) -> None:
+        tokens, ends = record.tokens[update.index], record.ends
+        assert (update.error is not None) == (update.finish_reason == "error")
+        if update.finish_reason in ("abort", "error"):
+            assert update.finish_reason == self._expected[record.request_id]
+            assert update.token_ids == []
+        elif update.finish_reason == "stop":
+            assert tokens[-1] in ends
+            assert len(tokens) > record.params.min_tokens
+            stopped_by = tokens[-1] if tokens[-1] in record.params.stop_ids else None
+            assert update.stop_reason == stopped_by
+        else:
+            assert update.finish_reason == "length"
+            assert len(tokens) == record.limit
+            assert not tokens or tokens[-1] not in ends
+        assert not set(tokens[:-1]) & set(ends), "a sequence goes on past its end"
+        if tokens:
+            self._check_tokens(record, update.index)
+
+    def _check_tokens(self, record: Record, index: int) -> None:
+        """Every token follows from the prompt, the tokens before it and the seed."""
+        assert record.request is not None
+        state = record.request.sequences[index].state
+        assert state.output_token_ids == record.tokens[index]
+        history = begin(record.profile)
+        for token in record.prompt:
+            history = extend(history, token)
+        for number, token in enumerate(record.tokens[index]):
+            banned = record.ends if number < record.params.min_tokens else ()
+            assert token == draw(history, state.seed, number, banned, VOCAB)
+            history = extend(history, token)
+
+    def _check_request(self, record: Record, update: SequenceUpdate) -> None:
+        metrics = update.metrics
+        assert metrics is not None and metrics.finished_time is not None
+        times = [metrics.arrival_time, metrics.first_scheduled_time, metrics.first_token_time]
+        happened = [time for time in times if time is not None]
+        assert (
+            happened == sorted(happened)
+            and happened[-1] <= metrics.finished_time <= self.clock.now()
+        )
+        assert (metrics.first_token_time is not None) == any(record.tokens)
+        assert metrics.num_cached_tokens < len(record.prompt)
+        if record.request is not None:
+            seeds = [sequence.state.seed for sequence in record.request.sequences]
+            assert len(set(seeds)) == record.params.n
+        if not {"abort", "error"} & {*record.reasons}:
+            wanted = record.params.prompt_logprobs is not None
+            assert (record.prompt_logprobs is not None) == wanted
+
+    def _check_scores(self, record: Record, scores: list[TokenLogprobs | None]) -> None:
+        """The scores of a prompt come once, all together unless the request is cut short."""
+        assert record.params.prompt_logprobs is not None
+        assert record.prompt_logprobs is None
+        known = histories(record.profile, record.prompt)
+        expected = [None, *map(score, known, record.prompt[1:])]
+        assert scores == expected[: len(scores)]
+        cut = record.request_id in self._expected
+        assert len(scores) == len(expected) or cut
+        record.prompt_logprobs = scores

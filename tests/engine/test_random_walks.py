@@ -1,0 +1,144 @@
+"""Long random walks over the composition that ``LLM`` uses, which prove that the hard situations
+really occur while every token, page and update is accounted for.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+from headrace.contracts.profile import EXACT, Profile
+from headrace.contracts.sampling import SamplingParams
+from tests.engine.checking_runner import Fault
+from tests.engine.harness import VOCAB, Harness, Setup
+
+SETUPS = (
+    Setup(pages=9, rows=4, tokens=6),
+    Setup(policy="priority", pages=9, rows=4, tokens=6),
+    Setup(policy="priority", pages=12, rows=1, tokens=4, waiting=4),
+    Setup(groups=2, pages=10, rows=5, tokens=9, block_size=3),
+    Setup(policy="priority", groups=2, pages=8, rows=4, tokens=5),
+    Setup(prefix_caching=False, pages=9, rows=4, tokens=6),
+    Setup(pages=10, rows=6, tokens=1),
+    Setup(pages=12, rows=6, tokens=3),
+    Setup(policy="priority", pages=14, rows=6, tokens=3),
+    Setup(block_size=1, pages=22, rows=4, tokens=7),
+    Setup(block_size=8, pages=6, rows=6, tokens=16),
+    Setup(pages=16, rows=2, tokens=6),
+)
+ACTIONS = 1500
+
+SITUATIONS = (
+    "preemptions",
+    "resumed",
+    "overtakes",
+    "prefix_hits",
+    "evict",
+    "copies",
+    "blanks",
+    "chunks",
+    "mixed",
+    "forks",
+    "late_forks",
+    "refused",
+    "aborted",
+    "failed",
+)
+"""Each must happen often. "mixed" steps feed chunks and single tokens together; "resumed" sequences
+feed tokens again after a preemption; "late_forks" had lost the shared prompt by then.
+"""
+
+
+class Walk:
+    """Does something at random, again and again."""
+
+    def __init__(self, setup: Setup, seed: int) -> None:
+        self.harness = Harness(setup)
+        self.random = random.Random(seed)
+        self.texts = [self._tokens(self.harness.context) for _ in range(3)]
+        scheduler = self.harness.engine.scheduler
+        self.calls: Counter[str] = Counter()
+        self._count_calls(scheduler.accounting.tree, "evict")
+        self._count_calls(scheduler.policy, "overtakes")
+
+    def _count_calls(self, owner: object, name: str) -> None:
+        """Count the calls that return something true."""
+        method = getattr(owner, name)
+
+        def counted(*arguments: object) -> object:
+            result = method(*arguments)
+            self.calls[name] += bool(result)
+            return result
+
+        setattr(owner, name, counted)
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self.random.randrange(VOCAB) for _ in range(count)]
+
+    def add(self) -> None:
+        rng, context = self.random, self.harness.context
+        shared = rng.choice(self.texts)[: rng.randrange(context)]
+        prompt = [*shared, *self._tokens(rng.randrange(4))][: context - 1] or [1]
+        most = min(rng.choice((0, 1, 4, 10, 18)), context - len(prompt))
+        params = SamplingParams(
+            n=rng.choice((1, 1, 2, 3, 4)),
+            max_tokens=most,
+            min_tokens=rng.randint(0, most) if rng.random() < 0.2 else 0,
+            stop_token_ids=[rng.randrange(VOCAB)] if rng.random() < 0.2 else None,
+            ignore_eos=rng.random() < 0.7,
+            prompt_logprobs=0 if rng.random() < 0.25 else None,
+        )
+        profile = EXACT if rng.random() < 0.8 else Profile(salt="tenant")
+        self.harness.add(prompt, params, priority=rng.randint(-1, 1), profile=profile)
+
+    def act(self) -> None:
+        rng, harness = self.random, self.harness
+        chance = rng.random()
+        if chance < 0.3:
+            self.add()
+        elif chance < 0.34 and harness.records:
+            harness.abort(rng.choice(harness.unfinished or list(harness.records.values())))
+        elif chance < 0.38 and len(harness.engine.scheduler.running):
+            # Ctrl-C ends everything, so it is rare: pages have to run out in between.
+            kind = rng.choice(("submit", "collect", "rows", "rows", "rows"))
+            harness.step(Fault("interrupt" if rng.random() < 0.1 else kind, rng.getrandbits(5)))
+        else:
+            harness.step()
+
+    def run(self) -> Counter[str]:
+        """Walk and drain; what happened, counted."""
+        for _ in range(ACTIONS):
+            self.act()
+            self.harness.check()
+        self.harness.drain()
+        seen, stats = self.harness.runner.seen, self.harness.engine.stats()
+        return Counter(
+            preemptions=stats.preemptions,
+            prefix_hits=stats.prefix_hit_tokens,
+            aborted=stats.aborted,
+            failed=stats.failed,
+            refused=self.harness.refused,
+            copies=seen.copies,
+            blanks=seen.blanks,
+            chunks=seen.chunks,
+            mixed=seen.mixed,
+            forks=seen.forks,
+            late_forks=seen.late_forks,
+            resumed=seen.resumed,
+            **self.calls,
+            **{f"fault_{kind}": 1 for kind in seen.failed},
+        )
+
+
+def test_nothing_is_lost_whatever_happens() -> None:
+    happened = Counter(dict.fromkeys(SITUATIONS, 0))
+    for seed, setup in enumerate(SETUPS):
+        happened.update(Walk(setup, seed).run())
+    assert not {name: happened[name] for name in SITUATIONS if happened[name] < 20}
+    assert {name for name in happened if name.startswith("fault_")} == {
+        f"fault_{kind}" for kind in ("submit", "collect", "interrupt", "rows")
+    }
+
+
+def test_walks_are_reproducible() -> None:
+    assert Walk(SETUPS[0], seed=3).run() == Walk(SETUPS[0], seed=3).run()

@@ -1,0 +1,127 @@
+"""A state machine over the composition that ``LLM`` uses: whatever happens, nothing is lost."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from headrace.contracts.profile import EXACT, Profile
+from headrace.contracts.sampling import SamplingParams
+from tests.engine.checking_runner import Fault
+from tests.engine.harness import VOCAB, Harness, Setup
+
+PROFILES = (EXACT, Profile(salt="tenant"), Profile(adapter="adapter@1"))
+FAULTS = ("submit", "collect", "interrupt", "rows")
+
+setups = st.builds(
+    Setup,
+    policy=st.sampled_from(("fcfs", "priority")),
+    prefix_caching=st.booleans(),
+    groups=st.integers(1, 2),
+    block_size=st.sampled_from((1, 2, 3, 4)),
+    pages=st.integers(3, 14),
+    context=st.integers(4, 24),
+    rows=st.integers(1, 5),
+    tokens=st.integers(1, 12),
+    waiting=st.integers(1, 6),
+)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests come, are served, fail and are given up in any order."""
+
+    @initialize(setup=setups, seed=st.integers(0, 2**16))
+    def start(self, setup: Setup, seed: int) -> None:
+        self.harness = Harness(setup)
+        rng = random.Random(seed)
+        # Requests begin with a part of one of few texts, so that they share prefixes.
+        self.texts = [[rng.randrange(VOCAB) for _ in range(self.harness.context)] for _ in range(2)]
+
+    @rule(
+        text=st.integers(0, 1),
+        share=st.floats(0, 1),
+        own=st.lists(st.integers(0, VOCAB - 1), max_size=4),
+        n=st.sampled_from((1, 1, 2, 3, 4)),
+        most=st.one_of(st.none(), st.integers(0, 12)),
+        least=st.integers(0, 3),
+        stops=st.lists(st.integers(0, VOCAB - 1), max_size=2, unique=True),
+        ignore_eos=st.booleans(),
+        scored=st.booleans(),
+        priority=st.integers(-1, 1),
+        profile=st.sampled_from(PROFILES),
+        seed=st.one_of(st.none(), st.integers(0, 3)),
+    )
+    def add(
+        self,
+        text: int,
+        share: float,
+        own: list[int],
+        n: int,
+        most: int | None,
+        least: int,
+        stops: list[int],
+        ignore_eos: bool,
+        scored: bool,
+        priority: int,
+        profile: Profile,
+        seed: int | None,
+    ) -> None:
+        context = self.harness.context
+        prompt = (self.texts[text][: int(share * context)] + own)[: context - 1] or [1]
+        if most is not None:
+            most = min(most, context - len(prompt))
+        params = SamplingParams(
+            n=n,
+            max_tokens=most,
+            min_tokens=least if most is None else min(least, most),
+            stop_token_ids=stops,
+            ignore_eos=ignore_eos,
+            prompt_logprobs=0 if scored else None,
+            seed=seed,
+        )
+        self.harness.add(prompt, params, priority=priority, profile=profile)
+
+    @rule(count=st.sampled_from((1, 1, 1, 2, 5)))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.harness.step()
+            self.harness.check()
+
+    @precondition(lambda self: len(self.harness.engine.scheduler.running) > 0)
+    @rule(kind=st.sampled_from(FAULTS), rows=st.integers(0, 31))
+    def fail(self, kind: str, rows: int) -> None:
+        self.harness.step(Fault(kind, rows))  # type: ignore[arg-type]
+
+    @precondition(lambda self: self.harness.records)
+    @rule(choice=st.randoms(use_true_random=False))
+    def abort(self, choice: random.Random) -> None:
+        self.harness.abort(choice.choice(list(self.harness.records.values())))
+
+    @precondition(lambda self: self.harness.unfinished)
+    @rule(choice=st.randoms(use_true_random=False))
+    def abort_unfinished(self, choice: random.Random) -> None:
+        self.harness.abort(choice.choice(self.harness.unfinished))
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "harness"):
+            self.harness.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "harness"):
+            self.harness.drain()
+
+
+EngineMachine.TestCase.settings = settings(
+    max_examples=300, stateful_step_count=50, report_multiple_bugs=False
+)
+TestEngineMachine = EngineMachine.TestCase
