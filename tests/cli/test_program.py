@@ -65,7 +65,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
         (["run", "hi", "--top-p", "2"], "top_p: must be"),
         (["run", "hi", "--stop", ""], "stop: a stop string must not be empty"),
         (["run", ""], "prompt: is empty"),
-        (["run", "hi", "--max-num-seqs", "0"], "max_num_seqs: must be at least 1"),
+        (["run", "hi", "--max-num-seqs", "0"], "max_num_seqs: must be an integer of at least 1"),
         (["serve", "--dtype", "int3"], "dtype: must be one of"),
         (["bench", "serve", "--request-rate", "0"], "request_rate: must be above 0"),
         (["bench", "serve", "--num-prompts", "0"], "num_prompts: must be at least 1"),
