@@ -19,7 +19,11 @@ OPTIONAL_AT_LEAST_ONE = (
     "num_threads",
 )
 REFUSED = [
-    *((field, value) for field in (*AT_LEAST_ONE, *OPTIONAL_AT_LEAST_ONE) for value in (0, -1)),
+    *(
+        (field, value)
+        for field in (*AT_LEAST_ONE, *OPTIONAL_AT_LEAST_ONE)
+        for value in (0, -1, "4", 2.5, True)
+    ),
     *(("memory_utilization", value) for value in (0.0, -0.5, 1.01, math.nan, math.inf)),
     *(("dtype", value) for value in ("fp16", "float64", "", "Float32")),
 ]

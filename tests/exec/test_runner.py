@@ -200,6 +200,14 @@ class TestForks:
         assert result.tokens[0] == result.tokens[2] == best
         assert result.tokens[1] != best
 
+    def test_a_sample_that_fails_fails_the_row(self, bench: Bench) -> None:
+        bench.deal(0, len(A))
+        nothing_left = sampling(min_tokens=1)
+        nothing_left.end_token_ids = tuple(range(VOCAB))
+        for states in ([nothing_left, sampling()], [sampling(), nothing_left]):
+            (result,), _ = bench.step(plan_row(0, A, samples=states))
+            assert result.error is not None and len(result.tokens) == 2
+
 
 class TestScores:
     @pytest.mark.parametrize("reference", [False, True])

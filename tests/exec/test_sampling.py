@@ -15,6 +15,7 @@ from transformers.generation import logits_process as processors
 
 from headrace.contracts.step import SampleState
 from headrace.exec.sampling import sampler as sampler_module
+from headrace.exec.sampling import wide
 from headrace.exec.sampling.sampler import Drawn, Sampler
 from headrace.exec.sampling.steps import uniform_numbers
 from tests.exec.plain_sampling import END, make_state, probabilities
@@ -115,9 +116,10 @@ def test_tokens_are_drawn_as_defined(params: dict[str, Any], vocab: int) -> None
 
 
 @pytest.mark.usefixtures("evenly")
-@pytest.mark.parametrize("params", CUTS, ids=str)
-def test_equal_logits_share_their_fate(params: dict[str, Any]) -> None:
-    few_values = random_logits(1, 1_000).round() / 2
+@pytest.mark.parametrize("spread", [1.0, 6.0])
+@pytest.mark.parametrize("params", [*CUTS, {"top_k": 60}, {"top_k": 128}], ids=str)
+def test_equal_logits_share_their_fate(params: dict[str, Any], spread: float) -> None:
+    few_values = random_logits(1, 1_000, spread).round() / 2
     assert_drawn_from(few_values[0], params)
 
 
@@ -359,6 +361,13 @@ class TestDraws:
             logits[row, possible] = torch.randn(len(possible)) * 20
         for row, token in enumerate(tokens(sample(logits, [make_state(**params)] * 40))):
             assert logits[row, token] > -math.inf
+
+    def test_rounding_does_not_point_past_the_end(self) -> None:
+        """Sums of a block in two orders differ; the last number is close to both."""
+        weights = torch.rand(20_000, wide.BLOCK, generator=torch.Generator().manual_seed(5))
+        weights[:, 50:] = 0
+        found = wide.locate(weights, torch.full((20_000,), 1 - 2**-24))
+        assert found.max() < 50
 
 
 def chi_square(counts: Any, shares: Any) -> float:

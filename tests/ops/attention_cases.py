@@ -138,9 +138,11 @@ def kinds_of_rows(block: int) -> dict[str, Rows]:
         "equal chunks": ((5, 0),) * 3,
         "unequal chunks": ((4, 0), (3, 0), (3, 0), (6, 0)),
         "chunks with a past": tuple((block + 2, past) for past in around),
-        "equal chunks, one with a past": ((4, 0), (4, block + 1), (4, 0)),
+        "equal chunks, some with a past": ((4, 0), (4, block + 1), (4, block + 1), (4, 0)),
         "equal singles": ((1, block + 2),) * 4,
-        "ragged singles": tuple((1, past) for past in (*around, 3 * block - 1, 9 * block, 5)),
+        "ragged singles": tuple(
+            (1, past) for past in (*around, 3 * block - 1, 7 * block, 4 * block, 5)
+        ),
         "all kinds": (
             (1, 2 * block - 1),
             (4, 0),
@@ -148,7 +150,7 @@ def kinds_of_rows(block: int) -> dict[str, Rows]:
             (4, 0),
             (4, block - 2 if block > 2 else 1),
             (1, 7 * block),
-            (1, 2 * block),
+            (1, 5 * block - 1),
             (2, 3 * block),
         ),
     }

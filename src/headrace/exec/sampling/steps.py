@@ -21,6 +21,8 @@ from headrace.contracts.step import SampleState
 from headrace.exec.sampling import wide
 
 _CANDIDATES = 128
+_ROWS_AT_ONCE = 4
+"""Rows whose whole vocabulary is looked through together: few, for the sake of caches."""
 
 
 def column(
@@ -158,9 +160,9 @@ class Candidates:
         place = (sums < wanted).sum(dim=-1, keepdim=True)
         lowest = self._best.gather(1, place.clamp(max=sums.shape[1] - 1))
         beyond = (place == sums.shape[1]).squeeze(1).nonzero().squeeze(1)
-        if len(beyond):
-            scores = wide.take(self.scores, beyond)
-            lowest[beyond] = wide.lowest_kept(scores, measure(scores), wanted[beyond])
+        for rows in beyond.split(_ROWS_AT_ONCE) if len(beyond) else ():
+            scores = self.scores[rows]
+            lowest[rows] = wide.lowest_kept(scores, measure(scores), wanted[rows])
         self.raise_threshold(lowest.masked_fill_(wanted <= 0, -math.inf))
 
     def mass(self, rows: Tensor) -> Tensor:
