@@ -65,6 +65,11 @@ class EngineConfig:
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             ok = whole or (value is None and name in optional)
             self._check(name, ok, "must be an integer of at least 1")
+        for name in ("reference", "enable_prefix_caching"):
+            self._check(name, isinstance(getattr(self, name), bool), "must be true or false")
+        for name in ("device", "scheduling_policy"):
+            self._check(name, isinstance(getattr(self, name), str), "must be a name")
+        self._check("seed", self.seed is None or isinstance(self.seed, int), "must be an integer")
         share = self.memory_utilization
         ok = isinstance(share, (int, float)) and 0 < share <= 1
         self._check("memory_utilization", ok, "must be in (0, 1]")

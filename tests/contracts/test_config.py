@@ -26,6 +26,8 @@ REFUSED = [
     ),
     *(("memory_utilization", value) for value in (0.0, -0.5, 1.01, math.nan, math.inf)),
     *(("dtype", value) for value in ("fp16", "float64", "", "Float32")),
+    *((field, "no") for field in ("enable_prefix_caching", "reference", "seed")),
+    *((field, 3) for field in ("device", "scheduling_policy")),
 ]
 ACCEPTED = [
     *((field, 1) for field in (*AT_LEAST_ONE, *OPTIONAL_AT_LEAST_ONE)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -91,10 +90,14 @@ class SamplingParams:
         ids = self.stop_token_ids
         if ids is None:
             ids = ()
-        elif not isinstance(ids, Sequence) or not all(_is_integer(i) for i in ids):
+        elif (
+            not isinstance(ids, Sequence)
+            or isinstance(ids, (str, bytes))
+            or not all(_is_integer(i) for i in ids)
+        ):
             raise InvalidRequestError("stop_token_ids", "must be a list of token ids")
         self._set("stop_token_ids", tuple(ids))
-        if self.top_k == -1:
+        if _is_integer(self.top_k) and self.top_k == -1:
             self._set("top_k", 0)
 
     def _check_numbers(self) -> None:
@@ -190,7 +193,7 @@ def _number(field: str, value: object, low: float, high: float, above: bool = Fa
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidRequestError(field, f"must be a number, got {value!r}")
     inside = (low < value if above else low <= value) and value <= high
-    if not math.isfinite(value) or not inside:
+    if not inside:  # NaN is never inside
         edge = "above" if above else "at least"
         raise InvalidRequestError(
             field, f"must be {edge} {low:g} and at most {high:g}, got {value}"

@@ -122,7 +122,10 @@ class Runner(ABC):
 
     @abstractmethod
     def submit(self, plan: StepPlan, tables: PageTables) -> Ticket:
-        """Begin a step. The plan and the tables' rows in it stay unchanged until collected."""
+        """Begin a step. The plan and the tables' rows in it stay unchanged until collected.
+
+        Like ``collect``, it may raise what the execution raised.
+        """
 
     @abstractmethod
     def collect(self, ticket: Ticket) -> StepResult:
