@@ -1,0 +1,101 @@
+// What every instruction set provides: one table of functions, each for the part of an operation
+// that one thread does. The code is kernels/*.inl, compiled once per instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention_kernels.h"
+
+namespace headrace {
+
+constexpr int64_t kPanel = 16;  // output rows of a weight that are stored together
+
+enum class Format : int { bf16 = 0, w8a8 = 1, w4a8 = 2 };
+
+// A packed weight; the memory is the caller's. Shapes: docs/weights.md.
+struct LinearWeight {
+  Format format;
+  int64_t panels;          // of 16 rows
+  int64_t rows;            // rows of the result (half of the weight's rows if gated)
+  int64_t columns;         // logical columns
+  int64_t padded_columns;  // as stored
+  int64_t group;           // columns that share a scale; padded_columns when a row has one
+  bool gated;              // panels alternate gate and up; the result is silu(gate) * up
+  const uint8_t* values;
+  const void* scales;     // fp32 [panels * 16] (w8a8) or bf16 [panels, groups, 16] (w4a8)
+  const uint8_t* zeros;   // [panels, groups, 16] or null: 8 (w4a8), 128 (w8a8)
+  const float* bias;      // [panels * 16] in stored order, or null
+
+  int64_t groups() const { return padded_columns / group; }
+  int64_t panel_bytes() const {
+    const int64_t bits = format == Format::bf16 ? 16 : format == Format::w8a8 ? 8 : 4;
+    return kPanel * padded_columns * bits / 8;
+  }
+};
+
+// Activations as a kernel takes them, padded with zeros.
+struct Prepared {
+  int64_t rows;
+  int64_t stride;    // elements from row to row, at least the weight's padded columns
+  uint16_t* halves;  // bf16 [rows, stride], or null
+  int8_t* bytes;     // int8 [rows, stride], or null
+  float* scales;     // [rows, groups]
+  int32_t* offsets;  // [rows, groups]: minus the sum of the int8 values, times the zero point of
+                     // symmetric formats
+};
+
+struct LinearCall {
+  const LinearWeight* weight;
+  const uint16_t* x;  // bf16 [rows, columns]
+  int64_t x_stride;   // elements
+  int64_t rows;
+  const uint16_t* norm;      // weight [columns] of an RMS norm before the product, or null
+  float epsilon;             // of that norm
+  const uint16_t* residual;  // bf16 [rows, weight.rows], added to the result, or null
+  int64_t residual_stride;
+  void* out;  // [rows, weight.rows], bf16 or fp32
+  int64_t out_stride;
+  bool out_is_float;
+  Prepared prepared;
+};
+
+// A scale search over groups of weights: value = scale * (q - zero), q in [lowest, highest].
+struct ScaleSearch {
+  const float* weights;  // [groups, size]
+  int64_t size;
+  const float* ends;  // [candidates]: where on its grid a group's largest value (with zero points:
+  int64_t candidates;  // its span) is placed
+  int lowest, highest;
+  int zero;           // where no zero points are asked for
+  bool round_scales;  // to bf16
+  uint8_t* values;    // [groups, size]
+  float* scales;      // [groups]
+  uint8_t* zeros;     // [groups], or null
+};
+
+// Magnitudes below count as zero, so that scales stay clear of subnormal numbers.
+constexpr float kSmallest = 1e-30f;
+
+struct Kernels {
+  const char* name;
+  // Bytes of scratch that one thread needs for a linear call.
+  size_t (*linear_scratch)(const LinearWeight& weight, int64_t rows);
+  // Norm and quantization of rows [begin, end).
+  void (*prepare)(const LinearCall& call, int64_t begin, int64_t end);
+  // The product for panels [begin, end); both even if gated.
+  void (*linear)(const LinearCall& call, int64_t begin, int64_t end, std::byte* scratch);
+  // Rows `ids` [count] of a packed weight, dequantized, as bf16 [count, columns].
+  void (*rows_of)(const LinearWeight& weight, const int64_t* ids, int64_t count, uint16_t* out);
+  void (*rms_norm)(const uint16_t* x, int64_t stride, int64_t rows, int64_t width,
+                   const uint16_t* weight, float epsilon, uint16_t* out);
+  void (*search_scales)(const ScaleSearch& search, int64_t begin, int64_t end);
+  // Read memory; the result keeps the loads alive.
+  uint64_t (*read)(const std::byte* data, size_t bytes);
+  // Run about `steps` instructions of the kernels' inner product; returns operations done.
+  double (*peak_int8)(int64_t steps);
+  double (*peak_bf16)(int64_t steps);
+  AttentionKernels attention;
+};
+
+}  // namespace headrace

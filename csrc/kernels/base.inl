@@ -1,0 +1,76 @@
+// Small helpers that every kernel uses. Loops over arrays are written so that the compiler turns
+// them into the vectors of the instruction set.
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE float from_bf16(uint16_t half) { return __builtin_bit_cast(float, uint32_t{half} << 16); }
+
+// Round to nearest even; a NaN stays one.
+INLINE uint16_t to_bf16(float value) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+// Nearest whole number, ties to even, for |value| < 2**22: in every instruction set one way.
+INLINE float nearest(float value) {
+  constexpr float shift = 12582912.0f;  // 1.5 * 2**23
+  return (value + shift) - shift;
+}
+
+// e**x with a relative error below 2e-7; 0 below -87, and infinity is never reached (x <= 88).
+INLINE float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float n = nearest(x * 1.44269504f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t exponent = (static_cast<int32_t>(n) + 127) << 23;
+  return p * __builtin_bit_cast(float, exponent);
+}
+
+INLINE uint32_t load32(const void* address) {
+  uint32_t value;
+  __builtin_memcpy(&value, address, sizeof value);
+  return value;
+}
+
+constexpr int kLanes = static_cast<int>(kPanel);
+
+// The sixteen scales of a panel and group as fp32.
+INLINE void load_scales(const LinearWeight& weight, int64_t panel, int64_t group, float* scales) {
+  if (weight.format == Format::w8a8) {
+    const float* stored = static_cast<const float*>(weight.scales) + panel * kPanel;
+    for (int lane = 0; lane < kLanes; ++lane) scales[lane] = stored[lane];
+    return;
+  }
+  const uint16_t* stored = static_cast<const uint16_t*>(weight.scales) +
+                           (panel * weight.groups() + group) * kPanel;
+  for (int lane = 0; lane < kLanes; ++lane) scales[lane] = from_bf16(stored[lane]);
+}
+
+INLINE int symmetric_zero(const LinearWeight& weight) {
+  return weight.format == Format::w8a8 ? 128 : 8;
+}
+
+// One block of an integer product: some rows of activations times some panels of a weight.
+struct IntegerBlock {
+  const LinearWeight* weight;
+  const Prepared* x;
+  int64_t row, panel;
+  float* c;          // [rows of the block, c_stride]
+  int64_t c_stride;
+  int64_t ahead;  // how many bytes further memory is fetched: the next panels, or 0
+};
+
+INLINE const int8_t* block_row(const IntegerBlock& in, int64_t m) {
+  return in.x->bytes + (in.row + m) * in.x->stride;
+}
