@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from headrace.contracts.cache import CacheGroup, CacheLayout
@@ -26,6 +25,8 @@ from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
 BLOCK = 4
 PAGES = 160
+NAN_BYTE = 255
+"""Halves and floats of such bytes are NaN."""
 
 
 class RecordingSampler(Sampler):
@@ -85,12 +86,16 @@ def make_bench(
     reference: bool = False,
     grouped: bool = False,
     dtype: str = "float32",
+    cache: str | None = None,
     device: str = "cpu",
 ) -> Bench:
-    """A bench; ``grouped`` gives each layer a cache group and page table of its own."""
+    """A bench; ``grouped`` gives each layer a cache group and page table of its own.
+
+    ``cache`` is the element type of the KV cache, by default that of computation.
+    """
     model, ops = load_model(directory, dtype, device, reference)
     config = json.loads((directory / "config.json").read_text())
-    layout = type(model).cache_layout(config, dtype, BLOCK)
+    layout = type(model).cache_layout(config, cache or dtype, BLOCK)
     if grouped:
         (group,) = layout.groups
         groups = [
@@ -99,7 +104,7 @@ def make_bench(
         ]
         layout = CacheLayout(BLOCK, tuple(groups))
     arena = KVArena(layout, PAGES, device)
-    arena.pages.fill_(torch.nan)
+    arena.pages.fill_(NAN_BYTE)
     tables = np.zeros((len(layout.groups), 8, 64), dtype=np.int32)
     return Bench(model, arena, ops, tables)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.contracts.step import StepPlan
 from headrace.exec.batch import BatchBuilder
-from tests.exec.builders import BLOCK, Bench, make_bench, plan_row, sampling
+from tests.exec.builders import BLOCK, NAN_BYTE, Bench, make_bench, plan_row, sampling
 from tests.gpu.checkpoint import VOCAB, write_checkpoint
 
 A, B, C, D = (
@@ -95,6 +95,26 @@ class TestBatches:
             assert result.tokens == (int(expected[place].argmax()),)
             assert result.error is None
 
+    @pytest.mark.parametrize(
+        ("dtype", "reference"), [("float32", False), ("float32", True), ("bfloat16", False)]
+    )
+    def test_a_cache_of_int8(self, checkpoint: Path, dtype: str, reference: bool) -> None:
+        """Logits move a little; what is read is what was rounded, in chunks as in one piece."""
+        exact = make_bench(checkpoint, dtype=dtype, reference=reference)
+        rounded = make_bench(checkpoint, dtype=dtype, reference=reference, cache="int8")
+        assert rounded.arena.num_bytes < exact.arena.num_bytes
+        expected, found = alone(exact, B), alone(rounded, B)
+        error, step = (found - expected).abs().max(), expected.abs().max() * 2**-7
+        assert error < 4 * step
+        if dtype == "float32":
+            assert error > 0, "the cache is not rounded"
+        rounded.deal(0, len(B))
+        rounded.step(plan_row(0, B[:7], samples=()))
+        _, (logits,) = rounded.step(plan_row(0, B[7:], slot=7))
+        torch.testing.assert_close(
+            logits, found, rtol=1e-4, atol=1e-4 if dtype == "float32" else 2 * float(step)
+        )
+
     @pytest.mark.parametrize("cut", range(1, len(B)))
     def test_chunks_end_anywhere(self, bench: Bench, cut: int) -> None:
         bench.deal(0, len(B))
@@ -143,7 +163,7 @@ class TestPages:
         bench.step(plan_row(0, A, samples=()))
         (copy,) = bench.deal(1, 1)
         bench.tables[0, 1, : len(pages)] = [*pages[:-1], copy]
-        bench.arena.pages[copy] = torch.nan
+        bench.arena.pages[copy] = NAN_BYTE
         kept = bench.arena.pages[pages].clone()
         _, (logits,) = bench.step(plan_row(1, [9], slot=len(A)), copies=[(pages[-1], copy)])
         assert_same(logits, alone(bench, [*A, 9]))
@@ -156,7 +176,7 @@ class TestPages:
 
         def decode(blank: list[int]) -> list[Tensor]:
             bench.step(plan_row(0, A[:4], samples=()), plan_row(1, A[:6], samples=()))
-            bench.arena.pages[pages[0][1]] = torch.nan
+            bench.arena.pages[pages[0][1]] = NAN_BYTE
             return bench.step(
                 plan_row(0, A[4:5], slot=4), plan_row(1, A[6:7], slot=6), blank=blank
             )[1]
@@ -242,10 +262,17 @@ class TestFailures:
     BROKEN = 13
 
     @pytest.fixture(params=[False, True], ids=["fast", "reference"])
-    def broken(self, checkpoint: Path, request: pytest.FixtureRequest) -> Bench:
+    def broken(
+        self, checkpoint: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    ) -> Bench:
         """A model that computes NaN from one token."""
         bench = make_bench(checkpoint, reference=request.param)
-        bench.model._embedding[self.BROKEN] = torch.nan
+        embed = bench.model.embed
+
+        def broken_embed(ids: Tensor) -> Tensor:
+            return embed(ids).masked_fill((ids == self.BROKEN).unsqueeze(1), torch.nan)
+
+        monkeypatch.setattr(bench.model, "embed", broken_embed)
         return bench
 
     def test_a_row_fails_alone(self, broken: Bench) -> None:

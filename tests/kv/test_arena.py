@@ -7,9 +7,16 @@ import itertools
 import pytest
 import torch
 
-from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec, attention_layout
+from headrace.contracts.cache import (
+    ALIGNMENT,
+    CacheGroup,
+    CacheLayout,
+    PlaneSpec,
+    attention_layout,
+)
 from headrace.kv.arena import KVArena
 from headrace.ops.device import DTYPES
+from headrace.ops.paged import PagedPlane, quantize_entries
 
 BLOCK, PAGES = 3, 7
 
@@ -18,69 +25,101 @@ def layout(
     groups: int = 1, layers: int = 2, heads: int = 2, width: int = 5, dtype: str = "float32"
 ) -> CacheLayout:
     """``groups`` groups of ``layers`` layers each."""
-    planes = tuple(PlaneSpec(name, "slot", heads, width, dtype) for name in ("key", "value"))
+    whole = attention_layout(
+        layers=groups * layers, kv_heads=heads, head_dim=width, dtype=dtype, block_size=BLOCK
+    )
+    (group,) = whole.groups
     return CacheLayout(
         BLOCK,
         tuple(
-            CacheGroup(tuple(range(first, first + layers)), (planes,) * layers)
+            CacheGroup(tuple(range(first, first + layers)), group.planes[:layers])
             for first in range(0, groups * layers, layers)
         ),
     )
 
 
-def rows_of(arena: KVArena, group: int, page: int) -> torch.Tensor:
-    """Where a page's slots are in a group's planes."""
-    plane = arena.group_plane(group)
-    return page * plane.stride * BLOCK + torch.arange(BLOCK)
+Place = tuple[int, str, int]
+"""Layer, plane, head."""
 
 
-def every_plane(arena: KVArena, group: int) -> list[tuple[int, str]]:
-    layers = arena.layout.groups[group].layers
-    return list(itertools.product(layers, ("key", "value")))
+def places(arena: KVArena, group: int) -> list[Place]:
+    made = arena.layout.groups[group]
+    return [
+        (layer, spec.name, head)
+        for layer, specs in zip(made.layers, made.planes, strict=True)
+        for spec in specs
+        for head in range(spec.heads)
+    ]
 
 
-def write(arena: KVArena, group: int, page: int) -> dict[tuple[int, str], torch.Tensor]:
-    """Fill a page with numbers that are found nowhere else; returns them by plane."""
+def write(arena: KVArena, group: int, page: int) -> dict[Place, torch.Tensor]:
+    """Fill a page's strips with numbers that are found nowhere else; returns them by place."""
     written = {}
-    for number, (layer, name) in enumerate(every_plane(arena, group)):
-        plane = arena.plane(layer, name)
-        count = BLOCK * plane.heads * plane.width
-        first = (page * len(every_plane(arena, group)) + number) * count + 1
-        entries = torch.arange(first, first + count).view(BLOCK, plane.heads, plane.width)
-        entries = entries.to(arena.pages.dtype)
-        plane.write(rows_of(arena, group, page), entries)
-        written[layer, name] = entries
+    number = page * len(places(arena, group))
+    for layer, name, head in places(arena, group):
+        strip = arena.plane(layer, name).strips[head][page]
+        first = number * strip.numel() + 1
+        written[layer, name, head] = torch.arange(first, first + strip.numel()).view(strip.shape)
+        strip.copy_(written[layer, name, head])
+        number += 1
     return written
 
 
-def read(arena: KVArena, group: int, page: int) -> dict[tuple[int, str], torch.Tensor]:
-    """What a page holds, through ``gather``."""
-    pages = torch.tensor([page]) * arena.group_plane(group).stride
+def read(arena: KVArena, group: int, page: int) -> dict[Place, torch.Tensor]:
+    """What a page holds."""
     return {
-        (layer, name): arena.plane(layer, name).gather(pages)
-        for layer, name in every_plane(arena, group)
+        (layer, name, head): arena.plane(layer, name).read(head, torch.tensor([page]))
+        for layer, name, head in places(arena, group)
     }
 
 
 def assert_holds(
-    arena: KVArena, group: int, page: int, expected: dict[tuple[int, str], torch.Tensor]
+    arena: KVArena, group: int, page: int, expected: dict[Place, torch.Tensor]
 ) -> None:
     found = read(arena, group, page)
     assert found.keys() == expected.keys()
     for place, entries in expected.items():
-        assert torch.equal(found[place], entries), place
+        assert torch.equal(found[place], entries.float()), place
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
 def test_planes_share_no_byte_and_leave_none(groups: int) -> None:
-    arena = KVArena(layout(groups), PAGES, "cpu")
-    arena.pages.fill_(-1)
+    arena = KVArena(layout(groups, width=32), PAGES, "cpu")
+    arena.pages.fill_(255)
     owners = [page % groups for page in range(PAGES)]
     written = [write(arena, group, page) for page, group in enumerate(owners)]
     for page, group in enumerate(owners):
         assert_holds(arena, group, page, written[page])
-    everything = arena.pages.flatten().tolist()
+    everything = arena.pages.view(torch.float32).flatten().tolist()
     assert sorted(everything) == list(range(1, len(everything) + 1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_everything_begins_at_a_cache_line(dtype: str) -> None:
+    arena = KVArena(layout(2, dtype=dtype), PAGES, "cpu")
+    assert arena.pages.data_ptr() % ALIGNMENT == arena.layout.page_bytes % ALIGNMENT == 0
+    ends = {0: 0, 1: 0}
+    for group in (0, 1):
+        for layer, name, head in places(arena, group):
+            plane = arena.plane(layer, name)
+            if head == 0:
+                assert plane.offsets[0] % ALIGNMENT == 0
+            assert ends[group] <= plane.offsets[head]
+            ends[group] = plane.offsets[head] + plane.strip_bytes
+    assert all(end <= arena.layout.page_bytes < end + ALIGNMENT for end in ends.values())
+
+
+def test_heads_lie_one_after_another() -> None:
+    arena = KVArena(layout(heads=3), PAGES, "cpu")
+    write(arena, 0, 4)
+    plane = arena.plane(1, "value")
+    for head in range(3):
+        assert torch.equal(plane.joined()[4, head], plane.strips[head][4])
+    first, second, third = plane.offsets
+    apart = PagedPlane(arena.pages, (first, third, second), BLOCK, 5, torch.float32)
+    assert torch.equal(apart.strips[1], plane.strips[2])
+    with pytest.raises(ValueError, match="one after another"):
+        apart.joined()
 
 
 def test_a_page_serves_any_group() -> None:
@@ -92,24 +131,58 @@ def test_a_page_serves_any_group() -> None:
             torch.testing.assert_close(read(arena, 0, other), entries, equal_nan=True)
 
 
-def test_gather_follows_the_order_of_pages() -> None:
+def test_reading_follows_the_order_of_pages() -> None:
     arena = KVArena(layout(), PAGES, "cpu")
     written = [write(arena, 0, page) for page in range(PAGES)]
     order = [4, 0, 6, 6, 1]
-    plane = arena.plane(1, "value")
-    found = plane.gather(torch.tensor(order) * plane.stride)
-    assert torch.equal(found, torch.cat([written[page][1, "value"] for page in order]))
+    found = arena.plane(1, "value").read(1, torch.tensor(order))
+    expected = torch.cat([written[page][1, "value", 1] for page in order])
+    assert torch.equal(found, expected.float())
 
 
-def test_single_slots_are_written() -> None:
-    arena = KVArena(layout(), PAGES, "cpu")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_single_slots_are_written(dtype: str) -> None:
+    arena = KVArena(layout(dtype=dtype), PAGES, "cpu")
     arena.pages.zero_()
     plane = arena.plane(0, "key")
-    entries = torch.randn(2, plane.heads, plane.width)
-    plane.write(torch.stack((rows_of(arena, 0, 5)[2], rows_of(arena, 0, 2)[0])), entries)
-    assert torch.equal(read(arena, 0, 5)[0, "key"][2], entries[0])
-    assert torch.equal(read(arena, 0, 2)[0, "key"][0], entries[1])
-    assert (arena.pages != 0).sum() == entries.numel()
+    entries = torch.randn(2, plane.width).to(plane.dtype)
+    plane.write(1, torch.tensor([5, 2]), torch.tensor([2, 0]), entries)
+    assert torch.equal(plane.strips[1][5, 2], entries[0])
+    assert torch.equal(plane.strips[1][2, 0], entries[1])
+    assert (arena.pages.view(plane.dtype) != 0).sum() == entries.numel()
+
+
+class TestInt8:
+    """Entries come back rounded to 127 steps of their largest magnitude."""
+
+    def test_a_layer_has_scales(self) -> None:
+        cache = KVArena(layout(dtype="int8"), PAGES, "cpu").cache(1)
+        for plane in (cache.keys, cache.values):
+            assert plane.dtype == torch.int8 and plane.scales is not None
+            assert (plane.scales.dtype, plane.scales.width) == (torch.float32, 1)
+        assert KVArena(layout(), PAGES, "cpu").cache(1).keys.scales is None
+
+    def test_written_and_read(self) -> None:
+        plane = KVArena(layout(dtype="int8"), PAGES, "cpu").cache(0).values
+        torch.manual_seed(0)
+        entries = torch.randn(BLOCK, plane.width) * torch.tensor([[1e-3], [1.0], [1e4]])
+        plane.write(1, torch.full((BLOCK,), 6), torch.arange(BLOCK), entries)
+        error = (plane.read(1, torch.tensor([6])) - entries).abs()
+        step = entries.abs().amax(dim=1, keepdim=True) / 127
+        assert (error <= step * 0.5001).all()
+        assert (error.amax(dim=1, keepdim=True) > step * 0.05).all(), "nothing was rounded"
+
+    def test_rounding(self) -> None:
+        """To nearest even; the largest magnitude is kept."""
+        entries = torch.tensor([[0.5, 1.5, -2.5, 127.0], [0.0, 0.0, 0.0, 0.0]])
+        rounded, scales = quantize_entries(entries)
+        assert rounded.tolist() == [[0, 2, -2, 127], [0, 0, 0, 0]]
+        assert scales[0] == 1.0
+        assert not (rounded * scales)[1].any()
+
+    def test_nan_is_not_lost(self) -> None:
+        rounded, scales = quantize_entries(torch.tensor([[1.0, torch.nan], [1.0, 2.0]]))
+        assert torch.equal((rounded * scales).isnan().all(dim=1), torch.tensor([True, False]))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -123,7 +196,7 @@ def test_copies_move_whole_pages(groups: int) -> None:
 
 def test_blanking_touches_nothing_else() -> None:
     arena = KVArena(layout(), PAGES, "cpu")
-    arena.pages.fill_(torch.nan)
+    arena.pages.fill_(255)
     written = [write(arena, 0, page) for page in range(PAGES)]
     arena.blank_pages([2, 5])
     for page in range(PAGES):
@@ -141,14 +214,15 @@ def test_no_work_is_no_work() -> None:
     assert (arena.pages == 7).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "int8"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_sizes(dtype: str, groups: int) -> None:
-    made = layout(groups, layers=2, heads=2, width=5, dtype=dtype)
+    made = layout(groups, layers=2, heads=2, width=40, dtype=dtype)
     arena = KVArena(made, PAGES, "cpu")
-    itemsize = DTYPES[dtype].itemsize
-    assert arena.pages.dtype == DTYPES[dtype]
-    assert made.page_bytes == BLOCK * 2 * 2 * 2 * 5 * itemsize
+    # Each plane to the next multiple of 64.
+    plane = {"float32": 960, "bfloat16": 512, "float16": 512, "int8": 256 + 64}[dtype]
+    assert arena.pages.dtype == torch.uint8
+    assert made.page_bytes == 2 * 2 * plane
     assert made.token_bytes == groups * made.page_bytes / BLOCK
     assert arena.num_bytes == PAGES * made.page_bytes
     assert [made.pages_for(n) for n in (0, 1, BLOCK, BLOCK + 1)] == [0, 1, 1, 2]
@@ -169,13 +243,11 @@ def test_unequal_groups_are_refused() -> None:
         CacheLayout(BLOCK, (one, two))
 
 
-@pytest.mark.parametrize(
-    "other",
-    [PlaneSpec("value", "slot", 1, 8, "float32"), PlaneSpec("value", "slot", 2, 4, "bfloat16")],
-)
-def test_unequal_planes_are_refused(other: PlaneSpec) -> None:
-    mixed = CacheLayout(
-        BLOCK, (CacheGroup((0,), ((PlaneSpec("key", "slot", 1, 4, "float32"), other),)),)
+def test_planes_may_differ() -> None:
+    """In size and type, as of a layer that keeps something else beside its keys."""
+    specs = (
+        PlaneSpec("key", "slot", 1, 4, "float32"),
+        PlaneSpec("value", "slot", 2, 8, "bfloat16"),
     )
-    with pytest.raises(ValueError, match="equally large"):
-        KVArena(mixed, PAGES, "cpu")
+    arena = KVArena(CacheLayout(BLOCK, (CacheGroup((0,), (specs,)),)), PAGES, "cpu")
+    assert_holds(arena, 0, 0, write(arena, 0, 0))

@@ -24,23 +24,6 @@ def normal(*shape: int, dtype: torch.dtype, spread: float = 1.0) -> Tensor:
     return (torch.randn(shape) * spread).to(dtype)
 
 
-def linear_cases(dtype: torch.dtype) -> Iterator[Arguments]:
-    sizes = ((1, 1), (5, 3), (64, 64), (33, 257), (320, 96), (1_000, 128))
-    for rows, (inputs, outputs) in itertools.product(ROWS, sizes):
-        weight = normal(outputs, inputs, dtype=dtype, spread=inputs**-0.5)
-        yield normal(rows, inputs, dtype=dtype), weight, None
-        yield normal(rows, inputs, dtype=dtype), weight, normal(outputs, dtype=dtype)
-    yield normal(4_096, 65, dtype=dtype), normal(31, 65, dtype=dtype, spread=0.1), None
-    # A part of a wider tensor, as heads are parts of a projection.
-    wide = normal(9, 200, dtype=dtype)
-    yield wide[:, 7:71], normal(12, 64, dtype=dtype, spread=0.1), normal(12, dtype=dtype)
-
-
-def embedding_cases(dtype: torch.dtype) -> Iterator[Arguments]:
-    for rows, width in itertools.product((*ROWS, 4_096), (1, 48, 77)):
-        yield torch.randint(0, 501, (rows,)), normal(501, width, dtype=dtype)
-
-
 def rms_norm_cases(dtype: torch.dtype) -> Iterator[Arguments]:
     for rows, width in itertools.product((*ROWS, 4_096), (1, 31, 64, 96)):
         weight = normal(width, dtype=dtype)
@@ -58,18 +41,7 @@ def silu_and_mul_cases(dtype: torch.dtype) -> Iterator[Arguments]:
     yield (torch.tensor([[-1e4, 1e4, 0.0, 2.0, 2.0, 2.0]], dtype=dtype),)
 
 
-def rotate_cases(dtype: torch.dtype) -> Iterator[Arguments]:
-    for rows, (heads, width) in itertools.product(ROWS, ((1, 2), (7, 24), (32, 64), (2, 256))):
-        angles = torch.rand(rows, width // 2) * 1_000
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-        joined = normal(rows, heads + 3, width, dtype=dtype)
-        yield joined[:, :heads], cos, sin
-
-
 FUNCTION_CASES: dict[str, Callable[[torch.dtype], Iterator[Arguments]]] = {
-    "linear": linear_cases,
-    "embedding": embedding_cases,
     "rms_norm": rms_norm_cases,
     "silu_and_mul": silu_and_mul_cases,
-    "rotate": rotate_cases,
 }

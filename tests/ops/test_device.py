@@ -7,7 +7,7 @@ import torch
 
 from headrace.errors import ConfigurationError
 from headrace.ops import device
-from headrace.ops.device import Device, resolve_device, set_threads
+from headrace.ops.device import Device, resolve_device
 
 
 @pytest.fixture
@@ -47,18 +47,21 @@ def test_without_gpus() -> None:
 
 
 @pytest.mark.parametrize(
-    ("features", "fast"),
+    ("features", "kernels", "fast"),
     [
-        (frozenset(), {"float32"}),
-        (frozenset({"avx2", "avx512f"}), {"float32"}),
-        (frozenset({"avx512_bf16"}), {"float32", "bfloat16"}),
-        (frozenset({"amx_bf16", "amx_tile"}), {"float32", "bfloat16"}),
+        (set(), (), {"float32"}),
+        ({"avx2", "avx512f"}, (), {"float32"}),
+        ({"avx2"}, ("portable",), {"float32"}),
+        ({"avx2"}, ("portable", "avx2"), {"float32", "bfloat16"}),
+        ({"avx512_bf16"}, (), {"float32", "bfloat16"}),
+        ({"amx_bf16", "amx_tile"}, (), {"float32", "bfloat16"}),
     ],
 )
 def test_what_a_cpu_computes_fast(
-    monkeypatch: pytest.MonkeyPatch, features: frozenset[str], fast: set[str]
+    monkeypatch: pytest.MonkeyPatch, features: set[str], kernels: tuple[str, ...], fast: set[str]
 ) -> None:
-    monkeypatch.setattr(device, "isa_features", lambda: features)
+    monkeypatch.setattr(device, "isa_features", lambda: frozenset(features))
+    monkeypatch.setattr(device, "supported_isas", lambda: kernels)
     assert resolve_device("cpu").fast_dtypes == fast
 
 
@@ -85,13 +88,3 @@ def test_the_cpu_has_memory_and_nothing_to_wait_for(monkeypatch: pytest.MonkeyPa
     cpu = resolve_device("cpu")
     assert cpu.free_memory() == 12_345
     cpu.synchronize()
-
-
-def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_num_threads()
-    try:
-        monkeypatch.setattr(device, "usable_cores", lambda: 2)
-        assert set_threads(None) == 2 == torch.get_num_threads()
-        assert set_threads(1) == 1 == torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)

@@ -7,7 +7,10 @@ from typing import Literal
 
 Scope = Literal["slot", "page", "run", "sequence"]
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+ALIGNMENT = 64
+"""Bytes: a page, and in it the part of every plane, begins at a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,10 @@ class PlaneSpec:
     def slot_bytes(self) -> int:
         """Bytes of one entry."""
         return self.heads * self.width * ITEM_BYTES[self.dtype]
+
+    def page_bytes(self, block_size: int) -> int:
+        """Bytes of the plane in one page, up to where the next plane may begin."""
+        return -(-block_size * self.slot_bytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,7 @@ class CacheLayout:
             raise ValueError(f"groups of one layout need pages of one size, got {sorted(sizes)}")
 
     def _group_bytes(self, group: CacheGroup) -> int:
-        return self.block_size * sum(p.slot_bytes for planes in group.planes for p in planes)
+        return sum(plane.page_bytes(self.block_size) for planes in group.planes for plane in planes)
 
     @property
     def page_bytes(self) -> int:
@@ -67,7 +74,7 @@ class CacheLayout:
 
     @property
     def token_bytes(self) -> float:
-        """Bytes that one token takes in all groups together."""
+        """Bytes that one token takes in all groups together, what aligns planes included."""
         return self.page_bytes * len(self.groups) / self.block_size
 
     def pages_for(self, slots: int) -> int:
@@ -78,7 +85,14 @@ class CacheLayout:
 def attention_layout(
     *, layers: int, kv_heads: int, head_dim: int, dtype: str, block_size: int
 ) -> CacheLayout:
-    """One group for a model whose layers all hold plain keys and values."""
-    planes = tuple(PlaneSpec(name, "slot", kv_heads, head_dim, dtype) for name in ("key", "value"))
-    group = CacheGroup(tuple(range(layers)), (planes,) * layers)
+    """One group for a model whose layers all hold plain keys and values.
+
+    With ``dtype`` "int8", keys and values have a scale for each token and head, in planes of
+    their own.
+    """
+    names = ("key", "value")
+    planes = [PlaneSpec(name, "slot", kv_heads, head_dim, dtype) for name in names]
+    if dtype == "int8":
+        planes += [PlaneSpec(f"{name}_scale", "slot", kv_heads, 1, "float32") for name in names]
+    group = CacheGroup(tuple(range(layers)), (tuple(planes),) * layers)
     return CacheLayout(block_size, (group,))

@@ -55,13 +55,11 @@ class BatchBuilder:
         past = np.array([row.slot for row in rows])
         used = [row.table_row for row in rows]
         pages = self._arena.layout.pages_for(int((past + lengths).max()))
-        plans = [
-            self._ops.attention.plan(
-                StepShape(lengths, past, tables[group, used, :pages]),
-                self._arena.group_plane(group),
-            )
-            for group in self._groups
-        ]
+        plans = []
+        for group in self._groups:
+            plane = self._arena.group_plane(group)
+            shape = StepShape.of_one_group(lengths, past, tables[group, used, :pages], plane.heads)
+            plans.append(self._ops.attention.plan(shape, plane))
         return ForwardBatch(self._tensor(ids), self._tensor(positions), plans)
 
     def _tensor(self, values: list[int]) -> Tensor:

@@ -11,6 +11,7 @@ from headrace.exec.batch import ForwardBatch
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
 from headrace.models.layers.rotary import RotaryEmbedding
+from headrace.ops.paged import AttentionSpec
 from headrace.ops.table import Ops
 
 
@@ -24,19 +25,27 @@ class LayerContext:
         self._angles: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: RotaryEmbedding, scale: float
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: RotaryEmbedding,
+        scale: float,
+        window: int | None = None,
     ) -> Tensor:
         """See ``AttentionContext``."""
         if rotary not in self._angles:
             self._angles[rotary] = rotary.cos_sin(self._batch.positions, self._ops.dtype)
         cos, sin = self._angles[rotary]
         out, _ = self._ops.attention.attend(
-            self._ops.rotate(q, cos, sin),
-            self._ops.rotate(k, cos, sin),
+            q,
+            k,
             v,
-            self._arena.plane(layer, "key"),
-            self._arena.plane(layer, "value"),
-            scale,
+            cos,
+            sin,
+            self._arena.cache(layer),
+            AttentionSpec(scale, window),
             self._batch.attention[self._arena.group_of(layer)],
         )
         return out.flatten(1)

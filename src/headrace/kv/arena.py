@@ -6,78 +6,75 @@ from collections.abc import Sequence
 
 import torch
 
-from headrace.contracts.cache import CacheLayout, PlaneSpec
-from headrace.ops.device import DTYPES
-from headrace.ops.paged import PagedPlane
+from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
+from headrace.ops.device import DTYPES, empty_bytes
+from headrace.ops.paged import LayerCache, PagedPlane
+
+_DTYPES = {**DTYPES, "int8": torch.int8}
 
 
 class KVArena:
     """``num_pages`` pages of ``layout.page_bytes`` bytes, and the planes inside them.
 
-    A page is a row of equal blocks, one per (layer, plane) of its group; a block holds
-    ``block_size`` slots of ``[heads, width]``. The memory is not touched before it is written.
-
-    Raises:
-        ValueError: the planes of the layout differ in size or dtype.
+    A page holds, one after another, the planes of the layers of its group; a plane holds, one
+    after another, the strips of its heads, ``[block_size, width]`` each. The memory is not
+    touched before it is written. Invariant: pages and planes begin at multiples of 64 bytes.
     """
 
     def __init__(self, layout: CacheLayout, num_pages: int, device: str) -> None:
-        specs = {
-            (plane.slot_bytes, plane.dtype)
-            for group in layout.groups
-            for planes in group.planes
-            for plane in planes
-        }
-        if len(specs) != 1:
-            raise ValueError(f"planes of one arena must be equally large, got {sorted(specs)}")
         self.layout = layout
-        self._blocks_per_page = sum(len(planes) for planes in layout.groups[0].planes)
-        _, dtype = specs.pop()
-        elements = layout.page_bytes // DTYPES[dtype].itemsize
-        self.pages = torch.empty(num_pages, elements, dtype=DTYPES[dtype], device=device)
-        self._planes = {
-            (layer, spec.name): self._plane(spec, offset)
-            for group in layout.groups
-            for offset, (layer, spec) in enumerate(
-                (layer, spec)
-                for layer, planes in zip(group.layers, group.planes, strict=True)
-                for spec in planes
-            )
-        }
+        memory = empty_bytes(num_pages * layout.page_bytes, device)
+        self.pages = memory.view(num_pages, layout.page_bytes)
+        self._planes: dict[tuple[int, str], PagedPlane] = {}
+        for group in layout.groups:
+            self._carve(group)
         self._group_of = {
             layer: index for index, group in enumerate(layout.groups) for layer in group.layers
         }
+        self._caches = {
+            layer: LayerCache(self.plane(layer, "key"), self.plane(layer, "value"))
+            for layer in self._group_of
+            if (layer, "key") in self._planes
+        }
+
+    def _carve(self, group: CacheGroup) -> None:
+        """Make the planes of a group; a plane's scales come to it."""
+        offset = 0
+        for layer, planes in zip(group.layers, group.planes, strict=True):
+            made = {}
+            for spec in planes:
+                made[spec.name] = self._plane(spec, offset)
+                offset += spec.page_bytes(self.layout.block_size)
+            for name, plane in made.items():
+                plane.scales = made.get(f"{name}_scale")
+                self._planes[layer, name] = plane
 
     def _plane(self, spec: PlaneSpec, offset: int) -> PagedPlane:
-        size = self.layout.block_size
-        blocks = self.pages.view(len(self.pages) * self._blocks_per_page, -1)
-        slots = blocks.view(len(blocks) * size, -1)
-        return PagedPlane(
-            blocks=blocks[offset:],
-            slots=slots[offset * size :],
-            stride=self._blocks_per_page,
-            block_size=size,
-            heads=spec.heads,
-            width=spec.width,
-        )
+        size, dtype = self.layout.block_size, _DTYPES[spec.dtype]
+        strip = size * spec.width * dtype.itemsize
+        offsets = tuple(offset + head * strip for head in range(spec.heads))
+        return PagedPlane(self.pages, offsets, size, spec.width, dtype)
 
     @property
     def num_bytes(self) -> int:
         """Size of the arena."""
-        return self.pages.numel() * self.pages.element_size()
+        return self.pages.numel()
 
     def plane(self, layer: int, name: str) -> PagedPlane:
         """The plane ``name`` of ``layer``."""
         return self._planes[layer, name]
+
+    def cache(self, layer: int) -> LayerCache:
+        """What attention reads and writes of ``layer``."""
+        return self._caches[layer]
 
     def group_of(self, layer: int) -> int:
         """The cache group whose table serves ``layer``."""
         return self._group_of[layer]
 
     def group_plane(self, group: int) -> PagedPlane:
-        """Any plane of a group: all share page stride and block size."""
-        first = self.layout.groups[group]
-        return self.plane(first.layers[0], first.planes[0][0].name)
+        """Any plane of a group that holds keys: all share block size and heads."""
+        return self.plane(self.layout.groups[group].layers[0], "key")
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy pages, (source, target) each; no target is also a source."""

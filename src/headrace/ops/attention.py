@@ -7,18 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from headrace.ops.paged import Attention, PagedPlane, StepShape
-from headrace.ops.reference import merge_attention
+from headrace.ops.paged import (
+    Attention,
+    AttentionSpec,
+    Indices,
+    LayerCache,
+    PagedPlane,
+    StepShape,
+    quantize_entries,
+)
+from headrace.ops.reference import merge_attention, rotate
 
 DenseKernel = Callable[
     [Tensor, Tensor, Tensor, float, "Tensor | None", bool], tuple[Tensor, Tensor]
 ]
 """(q, k, v, scale, additive mask, causal) -> (out, log-sum-exp); ``[B, heads, T, width]``, with
-fewer heads in k and v than in q where queries share them."""
+fewer heads in k and v than in q where queries share them. The mask is ``[B, 1, T, S]``; B and T
+may be 1."""
 
 _SCORES_AT_ONCE = 1 << 26
 """Scores that the matmul kernel holds: longer chunks go in parts, so that memory is bounded."""
@@ -46,7 +54,7 @@ def matmul_kernel(
         seen = start + part.shape[2] if causal else k.shape[2]
         scores = _scores(part, k[:, :, :seen]).mul_(scale)
         if mask is not None:
-            scores += mask
+            scores += mask[:, :, start : start + count] if mask.shape[2] > 1 else mask
         if causal:
             future = torch.ones(part.shape[2], seen, dtype=torch.bool, device=q.device)
             scores.masked_fill_(future.triu_(start + 1), -math.inf)
@@ -75,8 +83,8 @@ class SingleQueries:
     Args:
         queries: their places in the step, ``[B]``.
         pages: ``[B * n]``; a row that needs fewer pages than ``n`` repeats its last one.
-        mask: ``[B, 1, 1, length]``, 0 or -inf; ``None`` when all contexts are ``length`` long.
-        length: slots to attend to.
+        mask: ``[B, 1, 1, length]``, 0 or -inf; ``None`` when all see ``length`` slots.
+        length: slots of the pages to attend to.
     """
 
     queries: Tensor
@@ -86,24 +94,40 @@ class SingleQueries:
 
 
 @dataclass(slots=True)
+class Past:
+    """What queries of a chunk see of the slots before it.
+
+    Args:
+        pages: pages that hold it; ``length``: their slots before the chunk.
+        queries: the first so many see some of it.
+        mask: ``[1, 1, queries, length]``, 0 or -inf; ``None`` when they see it all.
+    """
+
+    pages: Tensor
+    length: int
+    queries: int
+    mask: Tensor | None
+
+
+@dataclass(slots=True)
 class QueryChunks:
     """``count`` consecutive rows of ``length`` queries, the first at place ``start``.
 
-    With a ``past``, there is one row, and ``pages`` hold its past.
+    With a ``past``, there is one row. ``mask`` ``[1, 1, length, length]`` takes the place of
+    causality where a window is shorter than the chunk.
     """
 
     start: int
     count: int
     length: int
-    past: int
-    pages: Tensor | None
+    past: Past | None
+    mask: Tensor | None
 
 
 @dataclass(slots=True)
-class PagedPlan:
-    """``slots`` ``[T]`` to write, and the rows by kind; ``whole`` when one batch is everything."""
+class Arrangement:
+    """The rows by kind, for layers of one window; ``whole`` when one batch is everything."""
 
-    slots: Tensor
     singles: list[SingleQueries] = field(default_factory=list)
     chunks: list[QueryChunks] = field(default_factory=list)
 
@@ -112,12 +136,22 @@ class PagedPlan:
         return len(self.singles) + len(self.chunks) == 1
 
 
+@dataclass(slots=True)
+class PagedPlan:
+    """Pages and slots ``[T]`` to write; the arrangement of each window that was asked for."""
+
+    shape: StepShape
+    pages: Tensor
+    slots: Tensor
+    by_window: dict[int | None, Arrangement] = field(default_factory=dict)
+
+
 class PagedAttention(Attention[PagedPlan]):
-    """Attention over pages with a dense kernel.
+    """Attention over pages with a dense kernel, for KV heads that share one page table.
 
     A chunk attends to its past (gathered, not causal) and to itself (causal, not gathered), and
     the two are merged by their log-sum-exp. Single queries are bucketed by context, so that
-    padding at most doubles what is read.
+    padding at most doubles what is read. With a window, only pages that reach into it are read.
     """
 
     def __init__(self, kernel: DenseKernel, device: str, dtype: torch.dtype) -> None:
@@ -125,117 +159,180 @@ class PagedAttention(Attention[PagedPlan]):
         self._device = device
         self._seen, self._hidden = torch.tensor([0.0, -math.inf], dtype=dtype, device=device)
 
-    def _tensor(self, array: npt.NDArray[np.int64]) -> Tensor:
+    def _tensor(self, array: Indices) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
 
+    def _mask(self, low: Indices, high: Indices, length: int) -> Tensor:
+        """``[B, 1, T, length]``: each of the ``low`` and ``high`` ``[B, T]`` sees between them."""
+        place = torch.arange(length, device=self._device)
+        first, end = (self._tensor(x)[:, None, :, None] for x in (low, high))
+        return torch.where((place >= first) & (place < end), self._seen, self._hidden)
+
     def plan(self, shape: StepShape, plane: PagedPlane) -> PagedPlan:
-        plan = PagedPlan(self._tensor(shape.slots(plane)))
+        if len(shape.past) > 1:
+            raise ValueError("attention on dense kernels takes one page table for all heads")
+        pages, slots = map(self._tensor, shape.slots(0, plane.block_size))
+        return PagedPlan(shape, pages, slots)
+
+    def _arrange(self, shape: StepShape, size: int, window: int | None) -> Arrangement:
+        made = Arrangement()
         starts = np.cumsum(shape.lengths) - shape.lengths
         for row in np.flatnonzero(shape.lengths > 1).tolist():
-            self._add_chunk(plan.chunks, shape, row, int(starts[row]), plane)
+            self._add_chunk(made.chunks, shape, row, int(starts[row]), size, window)
         single = np.flatnonzero(shape.lengths == 1)
-        bit_lengths = np.frexp(shape.past[single] // plane.block_size)[1]
+        seen = shape.contexts[0, single]
+        seen = seen if window is None else np.minimum(seen, window)
+        bit_lengths = np.frexp((seen - 1) // size)[1]
         for bits in sorted(set(bit_lengths.tolist())):
-            rows = single[bit_lengths == bits]
-            plan.singles.append(self._single_queries(shape, rows, starts[rows], plane))
-        return plan
+            chosen = bit_lengths == bits
+            rows = single[chosen]
+            made.singles.append(self._single_queries(shape, rows, seen[chosen], starts, size))
+        return made
 
     def _add_chunk(
-        self, chunks: list[QueryChunks], shape: StepShape, row: int, start: int, plane: PagedPlane
+        self,
+        chunks: list[QueryChunks],
+        shape: StepShape,
+        row: int,
+        start: int,
+        size: int,
+        window: int | None,
     ) -> None:
-        length, past = int(shape.lengths[row]), int(shape.past[row])
+        length, past = int(shape.lengths[row]), int(shape.past[0, row])
         last = chunks[-1] if chunks else None
         if (
             last is not None
-            and last.past == past == 0
+            and last.past is None
+            and past == 0
             and last.length == length
             and last.start + last.count * last.length == start
         ):
             last.count += 1
             return
-        pages = self._tensor(shape.pages(row, past, plane)) if past else None
-        chunks.append(QueryChunks(start, 1, length, past, pages))
+        query = np.arange(length)
+        mask = None
+        if window is not None and window < length:
+            mask = self._mask(query[None] - window + 1, query[None] + 1, length)
+        seen_past = self._past(shape, row, size, window) if past and window != 1 else None
+        chunks.append(QueryChunks(start, 1, length, seen_past, mask))
+
+    def _past(self, shape: StepShape, row: int, size: int, window: int | None) -> Past:
+        length, past = int(shape.lengths[row]), int(shape.past[0, row])
+        if window is None:
+            return Past(self._tensor(shape.pages(0, row, 0, past, size)), past, length, None)
+        first = max(0, past - window + 1)
+        pages = self._tensor(shape.pages(0, row, first, past, size))
+        begin = first // size * size
+        queries = min(length, window - 1)
+        low = np.arange(queries)[None] + (past - window + 1 - begin)
+        mask = self._mask(low, np.full_like(low, past - begin), past - begin)
+        return Past(pages, past - begin, queries, mask)
 
     def _single_queries(
-        self,
-        shape: StepShape,
-        rows: npt.NDArray[np.int64],
-        starts: npt.NDArray[np.int64],
-        plane: PagedPlane,
+        self, shape: StepShape, rows: Indices, seen: Indices, starts: Indices, size: int
     ) -> SingleQueries:
-        lengths = shape.past[rows] + 1
-        longest = int(lengths.max())
-        own_last = (lengths - 1) // plane.block_size
-        columns = np.minimum(np.arange(own_last.max() + 1), own_last[:, None])
-        pages = shape.tables[rows[:, None], columns].astype(np.int64) * plane.stride
+        """``seen``: how many of its last slots each row sees, ``[B]``."""
+        contexts = shape.contexts[0, rows]
+        first, last = (contexts - seen) // size, (contexts - 1) // size
+        columns = first[:, None] + np.arange((last - first).max() + 1)
+        pages = shape.tables[0, rows[:, None], np.minimum(columns, last[:, None])]
+        end = contexts - first * size
+        longest = int(end.max())
         mask = None
-        if (lengths != longest).any():
-            places = torch.arange(longest, device=self._device)
-            own = places < self._tensor(lengths.reshape(-1, 1, 1, 1))
-            mask = torch.where(own, self._seen, self._hidden)
-        return SingleQueries(self._tensor(starts), self._tensor(pages.reshape(-1)), mask, longest)
+        if (seen != longest).any():
+            mask = self._mask((end - seen)[:, None], end[:, None], longest)
+        pages = pages.astype(np.int64).reshape(-1)
+        return SingleQueries(self._tensor(starts[rows]), self._tensor(pages), mask, longest)
 
     def attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        keys: PagedPlane,
-        values: PagedPlane,
-        scale: float,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache,
+        spec: AttentionSpec,
         plan: PagedPlan,
+        score_sums: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        keys.write(plan.slots, k)
-        values.write(plan.slots, v)
-        if plan.whole and plan.singles:
-            return self._attend_singles(q, keys, values, scale, plan.singles[0])
-        if plan.whole:
-            return self._attend_chunks(q, k, v, keys, values, scale, plan.chunks[0])
+        if score_sums is not None:
+            raise ValueError("attention on dense kernels does not sum scores")
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        k = _store(cache.keys, plan, k)
+        v = _store(cache.values, plan, v)
+        if spec.window not in plan.by_window:
+            arranged = self._arrange(plan.shape, cache.keys.block_size, spec.window)
+            plan.by_window[spec.window] = arranged
+        rows = plan.by_window[spec.window]
+        if rows.whole and rows.singles:
+            return self._attend_singles(q, cache, spec.scale, rows.singles[0])
+        if rows.whole:
+            return self._attend_chunks(q, k, v, cache, spec.scale, rows.chunks[0])
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        for single in plan.singles:
-            part = self._attend_singles(q[single.queries], keys, values, scale, single)
+        for single in rows.singles:
+            part = self._attend_singles(q[single.queries], cache, spec.scale, single)
             out[single.queries], lse[single.queries] = part
-        for chunk in plan.chunks:
+        for chunk in rows.chunks:
             where = slice(chunk.start, chunk.start + chunk.count * chunk.length)
-            part = self._attend_chunks(q[where], k[where], v[where], keys, values, scale, chunk)
+            part = self._attend_chunks(q[where], k[where], v[where], cache, spec.scale, chunk)
             out[where], lse[where] = part
         return out, lse
 
     def _attend_singles(
-        self, q: Tensor, keys: PagedPlane, values: PagedPlane, scale: float, rows: SingleQueries
+        self, q: Tensor, cache: LayerCache, scale: float, rows: SingleQueries
     ) -> tuple[Tensor, Tensor]:
         """Queries that share a KV head become the kernel's query dimension."""
         batch, heads, width = q.shape
-        grouped = q.reshape(batch, keys.heads, heads // keys.heads, width)
+        grouped = q.reshape(batch, cache.keys.heads, heads // cache.keys.heads, width)
         key, value = (
-            plane.gather(rows.pages)
-            .view(batch, -1, plane.heads, plane.width)[:, : rows.length]
-            .transpose(1, 2)
-            for plane in (keys, values)
+            x.view(len(x), batch, -1, width)[:, :, : rows.length].transpose(0, 1)
+            for x in _gather(cache, rows.pages, q.dtype)
         )
         out, lse = self._kernel(grouped, key, value, scale, rows.mask, False)
         return out.reshape(batch, heads, width), lse.reshape(batch, heads)
 
     def _attend_chunks(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keys: PagedPlane,
-        values: PagedPlane,
-        scale: float,
-        rows: QueryChunks,
+        self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, scale: float, rows: QueryChunks
     ) -> tuple[Tensor, Tensor]:
         query, key, value = (
             x.reshape(rows.count, rows.length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
         )
-        out, lse = self._kernel(query, key, value, scale, None, True)
-        if rows.pages is not None:
+        out, lse = self._kernel(query, key, value, scale, rows.mask, rows.mask is None)
+        past = rows.past
+        if past is not None:
             past_key, past_value = (
-                plane.gather(rows.pages)[None, : rows.past].transpose(1, 2)
-                for plane in (keys, values)
+                x[None, :, : past.length] for x in _gather(cache, past.pages, q.dtype)
             )
-            before = self._kernel(query, past_key, past_value, scale, None, False)
-            out, lse = merge_attention(out, lse, *before)
+            early = query[:, :, : past.queries]
+            before = self._kernel(early, past_key, past_value, scale, past.mask, False)
+            merged = merge_attention(out[:, :, : past.queries], lse[:, :, : past.queries], *before)
+            if past.queries == rows.length:
+                out, lse = merged
+            else:
+                out[:, :, : past.queries], lse[:, :, : past.queries] = merged
         return out.transpose(1, 2).reshape(q.shape), lse.transpose(1, 2).reshape(q.shape[:2])
+
+
+def _store(plane: PagedPlane, plan: PagedPlan, entries: Tensor) -> Tensor:
+    """Write the step's ``entries`` ``[T, heads, width]``; returns what reads of them will give."""
+    if plane.scales is None:
+        plane.joined()[plan.pages, :, plan.slots] = entries
+        return entries
+    rounded, scales = quantize_entries(entries)
+    plane.joined()[plan.pages, :, plan.slots] = rounded
+    plane.scales.joined()[plan.pages, :, plan.slots] = scales
+    return (rounded * scales).to(entries.dtype)
+
+
+def _gather(cache: LayerCache, pages: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Keys and values of whole pages in order, ``[heads, len(pages) * block_size, width]``."""
+    gathered = []
+    for plane in (cache.keys, cache.values):
+        entries = plane.joined().transpose(0, 1).index_select(1, pages)
+        if plane.scales is not None:
+            scales = plane.scales.joined().transpose(0, 1).index_select(1, pages)
+            entries = (entries * scales).to(dtype)
+        gathered.append(entries.view(plane.heads, -1, plane.width))
+    return gathered

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from headrace.errors import ConfigurationError
-from headrace.ops.host import available_memory, isa_features, usable_cores
+from headrace.ops.extension import supported_isas
+from headrace.ops.host import available_memory, isa_features
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,6 +54,19 @@ class Device:
             torch.cuda.synchronize(self.name)
 
 
+def empty_bytes(count: int, device: str) -> Tensor:
+    """Memory that is not touched yet, uint8 ``[count]``, aligned to 64 bytes.
+
+    On the CPU it comes from numpy, which asks Linux for huge pages where torch does not: memory
+    that is read in pieces far apart then costs fewer page walks.
+    """
+    if device != "cpu":
+        return torch.empty(count, dtype=torch.uint8, device=device)
+    memory = np.empty(count + 63, dtype=np.uint8)
+    skip = -memory.ctypes.data % 64
+    return torch.from_numpy(memory[skip : skip + count])
+
+
 def resolve_device(name: str) -> Device:
     """The device for ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:N"``.
 
@@ -60,7 +76,9 @@ def resolve_device(name: str) -> Device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
-        halves = {"bfloat16"} if isa_features() & {"avx512_bf16", "amx_bf16"} else set()
+        native = set(supported_isas()) - {"portable"}
+        fast = native or isa_features() & {"avx512_bf16", "amx_bf16"}
+        halves = {"bfloat16"} if fast else set()
         return Device("cpu", 512, frozenset({"float32", *halves}))
     kind, _, index = name.partition(":")
     if kind != "cuda" or not (index == "" or index.isdigit()):
@@ -72,10 +90,3 @@ def resolve_device(name: str) -> Device:
             f"{torch.cuda.device_count()} CUDA devices"
         )
     return Device(f"cuda:{number}", 4096, frozenset(DTYPES))
-
-
-def set_threads(count: int | None) -> int:
-    """Give tensor operations ``count`` threads, or all cores this process may use."""
-    threads = count or usable_cores()
-    torch.set_num_threads(threads)
-    return threads

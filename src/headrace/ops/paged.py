@@ -3,74 +3,174 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 Plan = TypeVar("Plan")
 
+Indices = npt.NDArray[np.int64]
 
-@dataclass(slots=True)
+INT8_LEVELS = 127
+SMALLEST_RANGE = 1e-30
+"""Entries whose largest magnitude is below this are stored as zeros."""
+
+
+@dataclass(slots=True, eq=False)
 class PagedPlane:
     """One plane (keys, say) of one layer, spread over the pages of the arena.
 
+    In a page, each head has a strip ``[block_size, width]`` of its own.
+
     Args:
-        blocks: ``[pages * stride, block_size * heads * width]``: a view of the arena shifted so
-            that the plane's part of page ``p`` is row ``p * stride``.
-        slots: the same memory as ``[pages * stride * block_size, heads * width]``: slot ``s`` of
-            page ``p`` is row ``p * stride * block_size + s``.
-        stride: blocks of one page.
+        pages: the arena, ``[pages, page_bytes]`` uint8.
+        offsets: bytes from the beginning of a page to the strip of each head.
+        width: of one entry; ``dtype``: of its elements.
+        scales: for int8, the plane of fp32 scales, one per entry.
     """
 
-    blocks: Tensor
-    slots: Tensor
-    stride: int
+    pages: Tensor
+    offsets: tuple[int, ...]
     block_size: int
-    heads: int
     width: int
+    dtype: torch.dtype
+    scales: PagedPlane | None = None
+    strips: tuple[Tensor, ...] = field(init=False)
+    _joined: Tensor | None = field(init=False)
 
-    def write(self, slots: Tensor, entries: Tensor) -> None:
-        """Store ``entries`` ``[T, heads, width]`` at rows ``slots`` ``[T]``."""
-        self.slots.index_copy_(0, slots, entries.reshape(len(slots), -1))
+    def __post_init__(self) -> None:
+        self.strips = tuple(self._view(offset, 1)[:, 0] for offset in self.offsets)
+        first, size = self.offsets[0], self.strip_bytes
+        regular = self.offsets == tuple(first + head * size for head in range(self.heads))
+        self._joined = self._view(first, self.heads) if regular else None
 
-    def gather(self, pages: Tensor) -> Tensor:
-        """A copy of the pages' slots in order, ``[len(pages) * block_size, heads, width]``.
+    def _view(self, offset: int, heads: int) -> Tensor:
+        """``[pages, heads, block_size, width]``: strips that follow each other."""
+        size = heads * self.strip_bytes
+        part = self.pages[:, offset : offset + size].view(self.dtype)
+        return part.view(len(self.pages), heads, self.block_size, self.width)
 
-        ``pages`` holds rows of ``blocks``.
+    @property
+    def heads(self) -> int:
+        """KV heads of the layer."""
+        return len(self.offsets)
+
+    @property
+    def strip_bytes(self) -> int:
+        """Bytes of the strip of one head in one page."""
+        return self.block_size * self.width * self.dtype.itemsize
+
+    def joined(self) -> Tensor:
+        """All heads as one view, ``[pages, heads, block_size, width]``.
+
+        Raises:
+            ValueError: the strips of the heads do not follow each other.
         """
-        return self.blocks.index_select(0, pages).view(-1, self.heads, self.width)
+        if self._joined is None:
+            raise ValueError("the heads of a plane do not lie one after another")
+        return self._joined
+
+    def write(self, head: int, pages: Tensor, slots: Tensor, entries: Tensor) -> None:
+        """Store ``entries`` ``[T, width]`` of a head at ``slots`` ``[T]`` of ``pages`` ``[T]``."""
+        if self.scales is not None:
+            entries, scales = quantize_entries(entries)
+            self.scales.strips[head][pages, slots] = scales
+        self.strips[head][pages, slots] = entries
+
+    def read(self, head: int, pages: Tensor) -> Tensor:
+        """Entries of a head in ``pages``, in order: fp32 ``[len(pages) * block_size, width]``."""
+        entries = self.strips[head][pages].float()
+        if self.scales is not None:
+            entries *= self.scales.strips[head][pages]
+        return entries.view(-1, self.width)
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class LayerCache:
+    """The planes of one layer that attention writes and reads."""
+
+    keys: PagedPlane
+    values: PagedPlane
+
+
+def quantize_entries(entries: Tensor) -> tuple[Tensor, Tensor]:
+    """``[..., width]`` as int8, and a scale for each entry, fp32 ``[..., 1]``.
+
+    Symmetric: the scale is the largest magnitude / 127, products with its inverse are rounded to
+    nearest even.
+    An entry that holds NaN gets the scale NaN.
+    """
+    wide = entries.float()
+    largest = wide.abs().amax(dim=-1, keepdim=True).clamp_min(SMALLEST_RANGE)
+    factor = largest.reciprocal() * INT8_LEVELS
+    return (wide * factor).round().to(torch.int8), largest / INT8_LEVELS
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What a layer wants of attention.
+
+    Args:
+        scale: factor of the scores.
+        window: a query sees only the last so many slots, its own included; ``None``: all.
+    """
+
+    scale: float
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
     """The rows of a step: each has queries at consecutive slots after its past.
 
+    The KV heads of a layer may be in groups, each with page tables of its own, and with as many
+    slots of a row as are left in it.
+
     Args:
         lengths: queries of each row, ``[R]``, at least 1.
-        past: slots before them, ``[R]``.
-        tables: page tables, ``[R, pages]``; wide enough for the longest context.
+        past: slots before them in each group, ``[G, R]``.
+        tables: page tables, ``[G, R, pages]``; wide enough for the longest context.
+        head_group: the group of each KV head, ``[kv_heads]``.
     """
 
-    lengths: npt.NDArray[np.int64]
-    past: npt.NDArray[np.int64]
+    lengths: Indices
+    past: Indices
     tables: npt.NDArray[np.int32]
+    head_group: Indices
 
-    def pages(self, row: int, slots: int, plane: PagedPlane) -> npt.NDArray[np.int64]:
-        """Rows of the plane's ``blocks`` that hold the first ``slots`` slots of a row."""
-        count = -(-slots // plane.block_size)
-        return self.tables[row, :count].astype(np.int64) * plane.stride
+    @classmethod
+    def of_one_group(
+        cls, lengths: Indices, past: Indices, tables: npt.NDArray[np.int32], kv_heads: int
+    ) -> StepShape:
+        """All heads share ``past`` ``[R]`` and ``tables`` ``[R, pages]``."""
+        return cls(lengths, past[None], tables[None], np.zeros(kv_heads, dtype=np.int64))
 
-    def slots(self, plane: PagedPlane) -> npt.NDArray[np.int64]:
-        """``[T]``: where in the plane's ``slots`` the step's keys and values go."""
+    @property
+    def contexts(self) -> Indices:
+        """Slots that the last query of each row may see, ``[G, R]``."""
+        return self.past + self.lengths
+
+    @property
+    def score_starts(self) -> Indices:
+        """``[G, R]``: where the contexts begin when those of a group are strung together."""
+        return np.cumsum(self.contexts, axis=1) - self.contexts
+
+    def pages(self, group: int, row: int, first: int, end: int, block_size: int) -> Indices:
+        """The pages that hold slots ``first`` up to ``end`` of a row; they begin ``first``'s."""
+        part = self.tables[group, row, first // block_size : -(-end // block_size)]
+        return part.astype(np.int64)
+
+    def slots(self, group: int, block_size: int) -> tuple[Indices, Indices]:
+        """Page and slot in it, both ``[T]``, where keys and values of the step go."""
         ends = np.cumsum(self.lengths)
-        slot = np.arange(ends[-1]) + np.repeat(self.past + self.lengths - ends, self.lengths)
-        page, offset = np.divmod(slot, plane.block_size)
+        past = np.repeat(self.past[group] + self.lengths - ends, self.lengths)
+        page, slot = np.divmod(np.arange(ends[-1]) + past, block_size)
         owner = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        blocks = self.tables[owner, page].astype(np.int64) * plane.stride
-        return blocks * plane.block_size + offset
+        return self.tables[group, owner, page].astype(np.int64), slot
 
 
 class Attention(ABC, Generic[Plan]):
@@ -78,7 +178,11 @@ class Attention(ABC, Generic[Plan]):
 
     @abstractmethod
     def plan(self, shape: StepShape, plane: PagedPlane) -> Plan:
-        """Arrange the rows of a step; ``plane`` is any plane of the group."""
+        """Arrange the rows of a step; ``plane`` is any plane of keys of the group.
+
+        Raises:
+            ValueError: this version does not take heads in several groups.
+        """
 
     @abstractmethod
     def attend(
@@ -86,19 +190,31 @@ class Attention(ABC, Generic[Plan]):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        keys: PagedPlane,
-        values: PagedPlane,
-        scale: float,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache,
+        spec: AttentionSpec,
         plan: Plan,
+        score_sums: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Write ``k`` and ``v`` to their slots, then attend causally to each row's context.
+        """Rotate q and k, write k and v to their slots, attend causally to each row's context.
+
+        What is attended to is what the cache holds: int8 entries as they were rounded.
 
         Args:
-            q: ``[T, heads, width]``; k, v: ``[T, kv_heads, width]``; q and k are rotated.
-            keys, values: the layer's planes.
-            scale: factor of the scores.
+            q: ``[T, heads, width]``; k, v: ``[T, kv_heads, width]``: not rotated, rows of a step
+                one after another, entries (the last dimension) contiguous, in one dtype.
+            cos, sin: of each position, ``[T, width / 2]`` in q's dtype; halves are pairs.
+            score_sums: receives, in fp32 ``[kv_heads, S]``, the attention that each slot got: its
+                probability summed over the row's queries and the query heads of the KV head. A
+                head's slots are row after row, from ``score_starts`` of its group; S is the sum
+                of the contexts of the group in which it is largest, and what lies behind a
+                smaller one is left as it is.
 
         Returns:
             ``[T, heads, width]`` in q's dtype, and the log-sum-exp of the scaled scores,
             ``[T, heads]`` in fp32.
+
+        Raises:
+            ValueError: this version does not sum scores.
         """

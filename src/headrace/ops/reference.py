@@ -9,22 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headrace.ops.paged import Attention, PagedPlane, StepShape
-
-
-def pack_weight(weight: Tensor) -> Tensor:
-    """``[out, in]`` weight in the form that ``linear`` takes; here unchanged."""
-    return weight
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``[T, in] @ [out, in]^T + [out] -> [T, out]``."""
-    return F.linear(x, weight, bias)
-
-
-def embedding(ids: Tensor, table: Tensor) -> Tensor:
-    """Rows of ``table`` ``[vocab, width]`` for ``ids`` ``[T]``."""
-    return F.embedding(ids, table)
+from headrace.ops.paged import (
+    Attention,
+    AttentionSpec,
+    Indices,
+    LayerCache,
+    PagedPlane,
+    StepShape,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -49,11 +41,14 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of ``x`` ``[T, heads, width]``, halves as pairs.
 
-    ``cos`` and ``sin`` are ``[T, width / 2]``. RoFormer, section 3.2.
+    ``cos`` and ``sin`` are ``[T, width / 2]``. Computed in fp32 and rounded once: products of two
+    halves are exact there, so that every order of the same sums gives the same bits. RoFormer,
+    section 3.2.
     """
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
 
 
 def merge_attention(
@@ -71,63 +66,99 @@ def merge_attention(
 
 @dataclass(slots=True)
 class ReferencePlan:
-    """Slots to write ``[T]``; per row its queries, its context, and the pages that hold it."""
+    """The shape of the step; per group the pages and slots ``[T]`` to write, and per group and
+    row the pages of its context.
+    """
 
-    slots: Tensor
-    rows: list[tuple[int, int, Tensor]]
+    shape: StepShape
+    places: list[tuple[Tensor, Tensor]]
+    pages: list[list[Tensor]]
 
 
 class ReferenceAttention(Attention[ReferencePlan]):
-    """Row by row, in fp32, with an explicit mask."""
+    """Row by row and KV head by KV head, in fp32, with an explicit mask."""
 
     def __init__(self, device: str) -> None:
         self._device = device
 
     def plan(self, shape: StepShape, plane: PagedPlane) -> ReferencePlan:
-        rows = []
-        for row, (length, past) in enumerate(zip(shape.lengths, shape.past, strict=True)):
-            pages = torch.from_numpy(shape.pages(row, past + length, plane))
-            rows.append((int(length), int(past + length), pages.to(self._device)))
-        return ReferencePlan(torch.from_numpy(shape.slots(plane)).to(self._device), rows)
+        size = plane.block_size
+        groups, rows = shape.past.shape
+        contexts = shape.contexts
+        places = [
+            (self._tensor(pages), self._tensor(slots))
+            for pages, slots in (shape.slots(group, size) for group in range(groups))
+        ]
+        pages = [
+            [
+                self._tensor(shape.pages(group, row, 0, int(contexts[group, row]), size))
+                for row in range(rows)
+            ]
+            for group in range(groups)
+        ]
+        return ReferencePlan(shape, places, pages)
+
+    def _tensor(self, array: Indices) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     def attend(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        keys: PagedPlane,
-        values: PagedPlane,
-        scale: float,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache,
+        spec: AttentionSpec,
         plan: ReferencePlan,
+        score_sums: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        keys.write(plan.slots, k)
-        values.write(plan.slots, v)
-        outs, lses = [], []
-        start = 0
-        for length, context, pages in plan.rows:
-            key = keys.gather(pages)[:context].float()
-            value = values.gather(pages)[:context].float()
-            query = q[start : start + length].float()
-            out, lse = attend_causally(query, key, value, scale)
-            outs.append(out.to(q.dtype))
-            lses.append(lse)
-            start += length
-        return torch.cat(outs), torch.cat(lses)
+        shape, kv_heads = plan.shape, k.shape[1]
+        contexts, score_starts = shape.contexts, shape.score_starts
+        query, key = rotate(q, cos, sin).float(), rotate(k, cos, sin)
+        by_kv_head = query.view(len(q), kv_heads, -1, q.shape[-1])
+        out = torch.empty_like(by_kv_head)
+        lse = torch.empty(by_kv_head.shape[:3], dtype=torch.float32, device=q.device)
+        for head, group in enumerate(shape.head_group.tolist()):
+            pages, slots = plan.places[group]
+            cache.keys.write(head, pages, slots, key[:, head])
+            cache.values.write(head, pages, slots, v[:, head])
+            start = 0
+            for row, length in enumerate(shape.lengths.tolist()):
+                pages, context = plan.pages[group][row], int(contexts[group, row])
+                rows = slice(start, start + length)
+                out[rows, head], lse[rows, head], weights = attend_causally(
+                    by_kv_head[rows, head],
+                    cache.keys.read(head, pages)[:context],
+                    cache.values.read(head, pages)[:context],
+                    spec,
+                )
+                if score_sums is not None:
+                    first = int(score_starts[group, row])
+                    score_sums[head, first : first + context] = weights.sum(dim=(0, 1))
+                start += length
+        return out.view(q.shape).to(q.dtype), lse.view(q.shape[:2])
 
 
-def attend_causally(q: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend_causally(
+    q: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec
+) -> tuple[Tensor, Tensor, Tensor]:
     """The last ``len(q)`` positions of a context attend to everything up to themselves.
 
-    Shapes: q ``[T, heads, width]``, key and value ``[S, kv_heads, width]`` -> ``[T, heads,
-    width]`` and ``[T, heads]``.
+    Args:
+        q: ``[T, heads, width]``; key, value: ``[S, width]``, shared by all heads.
+
+    Returns:
+        ``[T, heads, width]``, the log-sum-exp ``[T, heads]``, the probabilities ``[T, heads, S]``.
     """
-    length, heads, width = q.shape
-    context, kv_heads, _ = key.shape
-    grouped = q.view(length, kv_heads, heads // kv_heads, width)
-    scores = torch.einsum("tkgd,skd->kgts", grouped, key) * scale
-    future = torch.ones(length, context, dtype=torch.bool, device=q.device)
-    scores = scores.masked_fill(future.triu(context - length + 1), -math.inf)
+    length, context = len(q), len(key)
+    slot = torch.arange(context, device=q.device)
+    distance = slot[context - length :, None] - slot
+    hidden = distance < 0
+    if spec.window is not None:
+        hidden |= distance >= spec.window
+    scores = torch.matmul(q, key.transpose(0, 1)) * spec.scale
+    scores = scores.masked_fill(hidden.unsqueeze(1), -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.unsqueeze(-1))
-    out = torch.einsum("kgts,skd->tkgd", weights, value)
-    return out.reshape(length, heads, width), lse.permute(2, 0, 1).reshape(length, heads)
+    return torch.matmul(weights, value), lse, weights

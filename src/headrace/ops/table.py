@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from headrace.errors import ConfigurationError
 from headrace.ops import reference, torch_cpu
 from headrace.ops.attention import PagedAttention, flash_kernel, matmul_kernel
 from headrace.ops.device import DTYPES, Device
+from headrace.ops.extension import TORCH, open_context
+from headrace.ops.host import usable_cores
+from headrace.ops.linear import LinearOps, ReferenceLinear
+from headrace.ops.native_attention import NativeAttention
+from headrace.ops.native_linear import NativeLinearOps, native_rms_norm
 from headrace.ops.paged import Attention
 from headrace.ops.reference import ReferenceAttention
+from headrace.ops.scale_search import ScaleSearch, native_search_scales, search_scales
+
+if TYPE_CHECKING:
+    from headrace.ops._native import Context
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,46 +36,67 @@ class Ops:
         dtype: compute dtype.
         batch_invariant: results of one token depend on no other; the layer loop then runs
             micro-batches of one token.
+        isa: instruction set of the native kernels, or "torch".
     """
 
     device: str
     dtype: torch.dtype
     batch_invariant: bool
-    pack_weight: Callable[[Tensor], Tensor]
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    embedding: Callable[[Tensor, Tensor], Tensor]
+    linears: LinearOps
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    silu_and_mul: Callable[[Tensor], Tensor]
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     attention: Attention[Any]
+    search_scales: ScaleSearch = search_scales
+    isa: str = TORCH
 
 
 VERSIONS: dict[str, dict[str, Callable[..., object]]] = {
-    "linear": {
-        "reference": reference.linear,
-        "torch_cpu": lambda x, weight, bias: torch_cpu.linear(
-            x, torch_cpu.pack_weight(weight), bias
-        ),
-    },
-    "embedding": {"reference": reference.embedding},
+    "linear": {"reference": ReferenceLinear, "torch_cpu": torch_cpu.TorchCpuLinear},
     "rms_norm": {"reference": reference.rms_norm, "torch_cpu": torch_cpu.rms_norm},
     "silu_and_mul": {"reference": reference.silu_and_mul, "torch_cpu": torch_cpu.silu_and_mul},
-    "rotate": {"reference": reference.rotate},
     "attention": {
         "reference": lambda device, dtype: ReferenceAttention(device),
         "matmul": lambda device, dtype: PagedAttention(matmul_kernel, device, dtype),
         "flash": lambda device, dtype: PagedAttention(flash_kernel, device, dtype),
     },
 }
-"""Operation -> version -> function on plain tensors (for attention: its constructor). The
-cross-tests run every version against "reference"."""
+"""Operation -> version -> function on plain tensors (for linear and attention: its constructor).
+The cross-tests run every version against "reference"."""
 
 
-def make_ops(device: Device, dtype: str, *, batch_invariant: bool = False) -> Ops:
-    """The fastest version of each operation that ``device`` has for ``dtype``."""
+def make_ops(
+    device: Device,
+    dtype: str,
+    *,
+    batch_invariant: bool = False,
+    threads: int | None = None,
+    isa: str = "auto",
+) -> Ops:
+    """The fastest version of each operation that ``device`` has for ``dtype``.
+
+    Args:
+        threads: of operations on the CPU; all cores this process may use if ``None``. With native
+            kernels their pool has them, and torch's own operations run in the calling thread: two
+            pools that wait for work by spinning would take the cores from each other.
+        isa: instruction set of the native kernels: "auto", a name, or "torch" for none.
+
+    Raises:
+        ConfigurationError: the instruction set is not there, or these ops have no native kernels.
+    """
     kind = DTYPES[dtype]
-    fast_cpu = device.name == "cpu" and not batch_invariant
-    packed = fast_cpu and dtype == "bfloat16" and torch_cpu.packs_weights()
+    count = threads or usable_cores()
+    on_cpu = device.name == "cpu"
+    native = on_cpu and kind == torch.bfloat16 and not batch_invariant
+    if isa not in ("auto", TORCH) and not native:
+        raise ConfigurationError(
+            f"isa: {isa!r} chooses native kernels, which compute in bfloat16 on the CPU; these "
+            f"are {dtype} on {device.name}{' in reference mode' if batch_invariant else ''}"
+        )
+    context = open_context(isa, count) if native else None
+    if on_cpu:
+        torch.set_num_threads(1 if context else count)
+    if context is not None:
+        return native_ops(context)
+    fast_cpu = on_cpu and not batch_invariant
     attention: Attention[Any]
     if batch_invariant:
         attention = ReferenceAttention(device.name)
@@ -75,11 +107,21 @@ def make_ops(device: Device, dtype: str, *, batch_invariant: bool = False) -> Op
         device=device.name,
         dtype=kind,
         batch_invariant=batch_invariant,
-        pack_weight=torch_cpu.pack_weight if packed else reference.pack_weight,
-        linear=torch_cpu.linear if packed else reference.linear,
-        embedding=reference.embedding,
+        linears=torch_cpu.TorchCpuLinear(kind) if fast_cpu else ReferenceLinear(kind),
         rms_norm=torch_cpu.rms_norm if fast_cpu else reference.rms_norm,
-        silu_and_mul=torch_cpu.silu_and_mul if fast_cpu else reference.silu_and_mul,
-        rotate=reference.rotate,
         attention=attention,
+    )
+
+
+def native_ops(context: Context) -> Ops:
+    """The native version of every operation, on one context."""
+    return Ops(
+        device="cpu",
+        dtype=torch.bfloat16,
+        batch_invariant=False,
+        linears=NativeLinearOps(context),
+        rms_norm=partial(native_rms_norm, context),
+        attention=NativeAttention(context),
+        search_scales=partial(native_search_scales, context),
+        isa=context.isa,
     )

@@ -1,0 +1,136 @@
+"""The extension module of csrc/. Tensors are addresses, strides count elements."""
+
+from collections.abc import Sequence
+
+def known_isas() -> list[str]: ...
+def supported_isas() -> list[str]: ...
+
+class LinearWeight:
+    def __init__(
+        self,
+        format: str,
+        panels: int,
+        rows: int,
+        columns: int,
+        padded_columns: int,
+        group: int,
+        gated: bool,
+        values: int,
+        scales: int,
+        zeros: int,
+        bias: int,
+    ) -> None: ...
+
+class LayerCache:
+    def __init__(
+        self,
+        pages: int,
+        page_bytes: int,
+        block_size: int,
+        width: int,
+        keys: Sequence[int],
+        values: Sequence[int],
+        key_scales: Sequence[int],
+        value_scales: Sequence[int],
+    ) -> None: ...
+
+class StepRows:
+    def __init__(
+        self,
+        rows: int,
+        groups: int,
+        pages: int,
+        kv_heads: int,
+        block_size: int,
+        lengths: int,
+        past: int,
+        tables: int,
+        head_group: int,
+    ) -> None: ...
+    @property
+    def tokens(self) -> int: ...
+
+class Context:
+    def __init__(self, threads: int, isa: str = "auto") -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    def linear(
+        self,
+        weight: LinearWeight,
+        x: int,
+        x_stride: int,
+        rows: int,
+        norm: int,
+        epsilon: float,
+        residual: int,
+        residual_stride: int,
+        out: int,
+        out_stride: int,
+        out_is_float: bool,
+        /,
+    ) -> None: ...
+    def rows_of(self, weight: LinearWeight, ids: int, count: int, out: int, /) -> None: ...
+    def rms_norm(
+        self,
+        x: int,
+        stride: int,
+        rows: int,
+        width: int,
+        weight: int,
+        epsilon: float,
+        out: int,
+        /,
+    ) -> None: ...
+    def pack_bf16(
+        self,
+        source: int,
+        rows: int,
+        columns: int,
+        padded_columns: int,
+        gated: bool,
+        target: int,
+        /,
+    ) -> None: ...
+    def search_scales(
+        self,
+        weights: int,
+        groups: int,
+        size: int,
+        ends: Sequence[float],
+        lowest: int,
+        highest: int,
+        zero: int,
+        round_scales: bool,
+        values: int,
+        scales: int,
+        zeros: int,
+        /,
+    ) -> None: ...
+    def attend(
+        self,
+        cache: LayerCache,
+        step: StepRows,
+        heads: int,
+        q: int,
+        q_stride: int,
+        q_head_stride: int,
+        k: int,
+        k_stride: int,
+        k_head_stride: int,
+        v: int,
+        v_stride: int,
+        v_head_stride: int,
+        cos: int,
+        sin: int,
+        scale: float,
+        window: int,
+        out: int,
+        lse: int,
+        sums: int,
+        sums_stride: int,
+        /,
+    ) -> None: ...
+    def read(self, data: int, size: int, /) -> int: ...
+    def peak(self, kind: str, steps: int, /) -> float: ...
