@@ -19,18 +19,27 @@ class EngineConfig:
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's, or what the device computes fast), "float32",
             "bfloat16" or "float16".
+        weights: format of the linear weights: "auto" (as the checkpoint has them), "bf16", "w8a8",
+            or "w4a8" with a group ("w4a8-g32", "-g64", "-g128") and zero points ("-zp") if wanted;
+            plain weights are quantized while they load.
+        head_weights: format of the output head, and of an embedding tied to it; "auto" is "w8a8"
+            where ``weights`` are quantized, else the same.
         reference: fp32, one token at a time: results do not depend on what shares the batch.
         max_model_len: context limit in tokens; the model's own, cut to the memory, if ``None``.
         max_num_seqs: sequences in one step at most.
         max_num_batched_tokens: inputs in one step at most; the device's default if ``None``.
         max_num_waiting: length of the queue; more requests are refused.
         block_size: slots of a KV page.
+        kv_cache_dtype: "auto" (the dtype of computation) or "int8" (with a scale per token and
+            head, half the bytes of bfloat16).
         kv_cache_memory_bytes: size of the KV arena; overrides ``memory_utilization``.
         memory_utilization: share of the memory that is free after loading the weights.
         enable_prefix_caching: keep and share the pages of equal prefixes.
         scheduling_policy: "fcfs" or "priority".
         seed: base of the seeds of requests that name none; drawn at random if ``None``.
         num_threads: threads of tensor operations; all cores the process may use if ``None``.
+        isa: instruction set of the native CPU kernels: "auto", "avx2", "avx512_vnni", ... or
+            "torch" for torch's own operations.
     """
 
     model: str | None = None
@@ -39,18 +48,22 @@ class EngineConfig:
     download_dir: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    weights: str = "auto"
+    head_weights: str = "auto"
     reference: bool = False
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
     max_num_waiting: int = 1024
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     kv_cache_memory_bytes: int | None = None
     memory_utilization: float = 0.5
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
     seed: int | None = None
     num_threads: int | None = None
+    isa: str = "auto"
 
     def __post_init__(self) -> None:
         positive = ("max_num_seqs", "block_size", "max_num_waiting")
@@ -67,7 +80,7 @@ class EngineConfig:
             self._check(name, ok, "must be an integer of at least 1")
         for name in ("reference", "enable_prefix_caching"):
             self._check(name, isinstance(getattr(self, name), bool), "must be true or false")
-        for name in ("device", "scheduling_policy"):
+        for name in ("device", "weights", "head_weights", "scheduling_policy", "isa"):
             self._check(name, isinstance(getattr(self, name), str), "must be a name")
         self._check("seed", self.seed is None or isinstance(self.seed, int), "must be an integer")
         share = self.memory_utilization
@@ -75,9 +88,17 @@ class EngineConfig:
         self._check("memory_utilization", ok, "must be in (0, 1]")
         dtypes = ("auto", "float32", "bfloat16", "float16")
         self._check("dtype", self.dtype in dtypes, f"must be one of {', '.join(dtypes)}")
+        kinds = ("auto", "int8")
+        self._check(
+            "kv_cache_dtype", self.kv_cache_dtype in kinds, f"must be one of {', '.join(kinds)}"
+        )
         if self.reference:
             ok = self.dtype in ("auto", "float32")
             self._check("dtype", ok, "reference mode computes in float32")
+
+    def cache_dtype(self, compute_dtype: str) -> str:
+        """The element type of the KV cache of a model that computes in ``compute_dtype``."""
+        return compute_dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
     def _check(self, field: str, ok: bool, message: str) -> None:
         if not ok:

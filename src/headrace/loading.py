@@ -13,16 +13,20 @@ from headrace.contracts.cache import CacheLayout
 from headrace.engine.clock import MonotonicClock
 from headrace.engine.compose import compose_engine, fit_context
 from headrace.engine.engine import Engine, EngineLimits
+from headrace.errors import ConfigurationError
 from headrace.exec.runner import LocalRunner
 from headrace.exec.sampling.sampler import Sampler
 from headrace.json_file import read_json
 from headrace.kv.arena import KVArena
 from headrace.models.base import find_architecture
-from headrace.ops.device import Device, resolve_device, set_threads
+from headrace.ops.device import Device, resolve_device
 from headrace.ops.table import make_ops
 from headrace.text.tokenizer import Tokenizer
+from headrace.weights.formats import WeightPlan
 from headrace.weights.hub import resolve_model
-from headrace.weights.loader import WeightLoader
+from headrace.weights.loader import make_loader
+from headrace.weights.packing import PackedModel, packed_checkpoint
+from headrace.weights.quantizers import DEFAULT_QUANTIZER, make_quantizer
 from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
 EMBEDDED_NAME = "headrace-embedded"
@@ -37,7 +41,9 @@ class ModelInfo:
 
     Args:
         name: as the user gave it, or the embedded model's name.
-        weight_bytes: bytes that the weights take in memory.
+        weight_bytes: bytes that the weights take in memory, the output head's included.
+        weight_format, head_format: of the linear weights in the layers, and of the output head.
+        head_bytes: bytes of the output head.
         max_model_len: tokens that one sequence may have.
         kv_token_bytes: bytes of KV cache per token.
         num_pages, block_size: pages of the arena, and slots of a page.
@@ -48,6 +54,9 @@ class ModelInfo:
     architecture: str
     num_parameters: int
     weight_bytes: int
+    weight_format: str
+    head_format: str
+    head_bytes: int
     dtype: str
     device: str
     max_model_len: int
@@ -73,6 +82,13 @@ def embedded_model() -> Path:
     return Path(str(resources.files("headrace") / "assets" / "embedded"))
 
 
+def find_model(config: EngineConfig) -> Path:
+    """Directory of the model that is asked for; the embedded one's if none is."""
+    if config.model is None:
+        return embedded_model()
+    return resolve_model(config.model, config.revision, config.download_dir)
+
+
 def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> LoadedEngine:
     """Find, check and load a model, size the KV arena, and put the engine together.
 
@@ -81,12 +97,8 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         CheckpointError: the checkpoint cannot be found, read or understood.
     """
     device = resolve_device(config.device)
-    set_threads(config.num_threads)
-    directory = (
-        embedded_model()
-        if config.model is None
-        else resolve_model(config.model, config.revision, config.download_dir)
-    )
+    plan = WeightPlan.parse(config.weights, config.head_weights)
+    directory = find_model(config)
     checkpoint = SafetensorsCheckpoint(directory)
     architecture = find_architecture(checkpoint.config)
     shape = architecture.shape(checkpoint.config)
@@ -97,12 +109,19 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     )
     wanted = "float32" if config.reference else config.dtype
     dtype = device.choose_dtype(wanted, checkpoint.dtype)
-    ops = make_ops(device, dtype, batch_invariant=config.reference)
-    loader = WeightLoader(checkpoint, ops, _counted(progress, checkpoint.num_bytes))
+    ops = make_ops(
+        device,
+        dtype,
+        batch_invariant=config.reference,
+        threads=config.num_threads,
+        isa=config.isa,
+    )
+    loader = make_loader(checkpoint, ops, plan, _counted(progress, checkpoint.num_bytes))
     model = architecture(checkpoint.config, loader, ops)
 
-    layout = architecture.cache_layout(checkpoint.config, dtype, config.block_size)
-    num_pages = size_arena(config, layout, shape.context, device)
+    cache_dtype = config.cache_dtype(dtype)
+    layout = architecture.cache_layout(checkpoint.config, cache_dtype, config.block_size)
+    num_pages = size_arena(config, layout, shape.context, device, loader.mapped_bytes)
     context = fit_context(config, layout, num_pages, shape.context)
     runner = LocalRunner(model, KVArena(layout, num_pages, device.name), ops, Sampler())
     generation = read_json(directory / "generation_config.json", required=False)
@@ -128,6 +147,9 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         architecture=str(checkpoint.config["model_type"]),
         num_parameters=loader.num_parameters,
         weight_bytes=loader.num_bytes,
+        weight_format=loader.plan.body.name if loader.plan.body else dtype,
+        head_format=loader.plan.head.name if loader.plan.head else dtype,
+        head_bytes=loader.head_bytes,
         dtype=dtype,
         device=device.name,
         max_model_len=context,
@@ -140,14 +162,18 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     return LoadedEngine(engine, tokenizer, info, _sampling_defaults(generation))
 
 
-def size_arena(config: EngineConfig, layout: CacheLayout, context: int, device: Device) -> int:
+def size_arena(
+    config: EngineConfig, layout: CacheLayout, context: int, device: Device, mapped_bytes: int
+) -> int:
     """Pages of the arena: what was asked for, else a share of the memory that is free.
 
-    The share is cut to what the permitted sequences could fill.
+    The share is cut to what the permitted sequences could fill. The system counts the memory of
+    mapped files as available, and here it is not: ``mapped_bytes`` are taken off.
     """
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes // layout.page_bytes
-    share = int(device.free_memory() * config.memory_utilization) // layout.page_bytes
+    free = max(0, device.free_memory() - mapped_bytes)
+    share = int(free * config.memory_utilization) // layout.page_bytes
     longest = layout.pages_for(config.max_model_len or context) * len(layout.groups)
     return min(share, longest * config.max_num_seqs)
 
@@ -186,6 +212,40 @@ def _sampling_defaults(generation: dict[str, Any]) -> dict[str, Any]:
     """The sampling parameters that ``generation_config.json`` recommends."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     return {name: generation[name] for name in names if generation.get(name) is not None}
+
+
+def quantize_model(
+    config: EngineConfig,
+    output: Path,
+    quantizer: str = DEFAULT_QUANTIZER,
+    *,
+    force: bool = False,
+    progress: LoadProgress | None = None,
+) -> PackedModel:
+    """Write a packed checkpoint of a plain one, in the formats that ``config`` names.
+
+    Args:
+        output: directory to write.
+        force: replace the checkpoint in it.
+
+    Raises:
+        ConfigurationError: a format or the quantizer is unknown, or ``output`` is in use.
+        CheckpointError: the model cannot be read, or ``output`` not be written.
+    """
+    plan = WeightPlan.parse(config.weights, config.head_weights)
+    if plan.body is None:
+        raise ConfigurationError("weights: name a format to store the weights in")
+    source = SafetensorsCheckpoint(find_model(config))
+    architecture = find_architecture(source.config)
+    # Nothing is computed but scales, and those natively only beside bfloat16.
+    ops = make_ops(resolve_device("cpu"), "bfloat16", threads=config.num_threads, isa=config.isa)
+    quantization = make_quantizer(ops.search_scales, quantizer)
+    counted = _counted(progress, source.num_bytes)
+    with packed_checkpoint(
+        source, output, plan, quantization, force=force, progress=counted
+    ) as packer:
+        architecture(source.config, packer, ops)
+    return packer.summary()
 
 
 def make_config(model: str | None, options: dict[str, Any]) -> EngineConfig:

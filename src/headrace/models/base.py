@@ -15,28 +15,38 @@ from headrace import models
 from headrace.contracts.cache import CacheLayout
 from headrace.errors import CheckpointError
 from headrace.models.layers.rotary import RotaryEmbedding
+from headrace.ops.linear import Linear
 from headrace.ops.table import Ops
 
-Linear = Callable[[Tensor], Tensor]
-"""``[T, in] -> [T, out]``: a weight in whatever format it is kept."""
+Embedding = Callable[[Tensor], Tensor]
+"""Token ids ``[T]`` -> their rows ``[T, width]``."""
 
 
 class WeightSource(Protocol):
     """Where a model gets its parameters from; shapes are checked on the way."""
 
     def linear(
-        self, names: Sequence[str], rows: Sequence[int], columns: int, *, bias: bool = False
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        columns: int,
+        *,
+        bias: bool = False,
+        gated: bool = False,
     ) -> Linear:
-        """One product for the weights ``name + ".weight"``, ``[rows[i], columns]``, stacked."""
+        """One product for the weights ``name + ".weight"``, ``[rows[i], columns]``, stacked.
+
+        ``gated``: there are two, a gate and what it gates.
+        """
+
+    def head(self, name: str, rows: int, columns: int) -> Linear:
+        """The output head, ``name + ".weight"``; its ``rows`` serve as a tied embedding."""
+
+    def embedding(self, name: str, rows: int, columns: int) -> Embedding:
+        """An embedding that is no head as well, ``name + ".weight"``."""
 
     def vector(self, name: str, size: int) -> Tensor:
         """A parameter ``[size]``, such as a norm's weight."""
-
-    def table(self, name: str, rows: int, columns: int) -> Tensor:
-        """A parameter ``[rows, columns]`` that is indexed, such as an embedding."""
-
-    def tied_linear(self, table: Tensor) -> Linear:
-        """The product with the transpose of an embedding table."""
 
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint has a tensor of that name."""
@@ -46,11 +56,19 @@ class AttentionContext(Protocol):
     """The step as one layer sees it."""
 
     def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: RotaryEmbedding, scale: float
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: RotaryEmbedding,
+        scale: float,
+        window: int | None = None,
     ) -> Tensor:
         """Rotate q and k by their positions, cache k and v, attend to each row's context.
 
-        q is ``[T, heads, width]``, k and v ``[T, kv_heads, width]``, all unrotated. Returns
+        q is ``[T, heads, width]``, k and v ``[T, kv_heads, width]``, all unrotated. With a
+        ``window``, a query sees only the last so many slots, its own included. Returns
         ``[T, heads * width]``.
         """
 

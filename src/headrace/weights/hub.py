@@ -10,7 +10,8 @@ from pathlib import Path
 from headrace.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+COMPANION_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+"""What belongs to a checkpoint beside its weights."""
 _OTHER_LAYOUTS = ["consolidated*", "original/*", "onnx/*"]
 
 
@@ -50,7 +51,7 @@ def resolve_model(
             model,
             revision=revision,
             cache_dir=download_dir,
-            allow_patterns=[*_FILES, "*.safetensors"] if weights else _FILES,
+            allow_patterns=[*COMPANION_FILES, "*.safetensors"] if weights else COMPANION_FILES,
             ignore_patterns=_OTHER_LAYOUTS,
             endpoint=endpoint,
         )

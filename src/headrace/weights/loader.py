@@ -1,79 +1,199 @@
-"""From a checkpoint's tensors to a model's parameters, in the compute dtype and packed."""
+"""From a checkpoint's tensors to a model's parameters, on the device and ready for products."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.errors import ConfigurationError
+from headrace.ops.linear import Linear
+from headrace.ops.packed_weight import BF16, PackedWeight, WeightFormat, part_shapes
 from headrace.ops.table import Ops
-from headrace.weights.dense import DenseLinear
+from headrace.weights.formats import WeightPlan
+from headrace.weights.quantizers import Quantizer, make_quantizer, pack_weight
+from headrace.weights.reader import Progress, Stack, WeightReader
 from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
-Progress = Callable[[int], None]
-"""Called with the number of bytes that were just loaded."""
+
+class CheckpointLoader(ABC):
+    """The ``WeightSource`` of a checkpoint; counts what it loads.
+
+    Attributes:
+        plan: formats of the weights that it makes.
+        num_bytes, head_bytes: in memory, of all parameters and of the output head.
+        mapped_bytes: of ``num_bytes``, those of the checkpoint's mapped files.
+    """
+
+    def __init__(self, reader: WeightReader, ops: Ops, plan: WeightPlan) -> None:
+        self.plan = plan
+        self.num_parameters = self.num_bytes = self.head_bytes = self.mapped_bytes = 0
+        self._reader = reader
+        self._ops = ops
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._reader
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """A parameter ``[size]`` in the compute dtype."""
+        self.num_parameters += size
+        return self._own(self._reader.read(name, (size,)), self._ops.dtype)
+
+    def embedding(self, name: str, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+        """Rows of the table ``name + ".weight"``, ``[rows, columns]``, in the compute dtype."""
+        self.num_parameters += rows * columns
+        table = self._table(f"{name}.weight", (rows, columns))
+        dtype = self._ops.dtype
+        return lambda ids: F.embedding(ids, table).to(dtype)
+
+    def head(self, name: str, rows: int, columns: int) -> Linear:
+        """The output head, whose rows can be looked up."""
+        linear = self._counted(Stack([name], [rows], columns), self.plan.head, indexed=True)
+        self.head_bytes = linear.num_bytes
+        return linear
+
+    def linear(
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        columns: int,
+        *,
+        bias: bool = False,
+        gated: bool = False,
+    ) -> Linear:
+        """One product for the weights ``names``, stacked along their rows."""
+        return self._counted(Stack(names, rows, columns, bias, gated), self.plan.body)
+
+    def _counted(self, stack: Stack, format: WeightFormat | None, indexed: bool = False) -> Linear:
+        linear = self._linear(stack, format, indexed)
+        self.num_parameters += stack.num_parameters
+        self.num_bytes += linear.num_bytes
+        return linear
+
+    @abstractmethod
+    def _linear(self, stack: Stack, format: WeightFormat | None, indexed: bool) -> Linear:
+        """A weight made ready."""
+
+    @abstractmethod
+    def _table(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """An embedding as it is kept, counted."""
+
+    def _own(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """On the device, counted."""
+        owned = stored.to(self._ops.device, dtype)
+        self.num_bytes += owned.nbytes
+        return owned
 
 
-class WeightLoader:
-    """The ``WeightSource`` of a safetensors checkpoint.
+class WeightLoader(CheckpointLoader):
+    """Of a checkpoint with plain weights, quantized on the way where that is asked for.
 
-    Counts parameters and the bytes they take in memory as it goes.
+    No more than one stack of weights is in memory beside what was made ready before.
     """
 
     def __init__(
-        self, checkpoint: SafetensorsCheckpoint, ops: Ops, progress: Progress | None = None
+        self,
+        checkpoint: SafetensorsCheckpoint,
+        ops: Ops,
+        plan: WeightPlan | None = None,
+        progress: Progress | None = None,
+        quantizer: Quantizer | None = None,
     ) -> None:
-        self._checkpoint = checkpoint
-        self._ops = ops
-        self._progress = progress
-        self.num_parameters = 0
-        self.num_bytes = 0
+        plan = (plan or WeightPlan()).completed()
+        super().__init__(WeightReader(checkpoint, progress), ops, plan)
+        self._quantizer = quantizer or make_quantizer(ops.search_scales)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._checkpoint
+    def _linear(self, stack: Stack, format: WeightFormat | None, indexed: bool) -> Linear:
+        weight, bias = self._reader.weight(stack), self._reader.bias(stack)
+        if bias is not None:
+            bias = self._own(bias, self._ops.dtype)
+        if format is not None and format != BF16:
+            packed = pack_weight(weight, format, stack.gated, self._quantizer)
+            return self._ops.linears.packed(packed.to(self._ops.device), bias)
+        if format == BF16:
+            weight = weight.bfloat16()
+        weight = weight.to(self._ops.device, self._ops.dtype)
+        return self._ops.linears.dense(weight, bias, gated=stack.gated, indexed=indexed)
 
-    def _load(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """In the compute dtype on the device, in memory of its own: the file may go away."""
-        stored = self._checkpoint.tensor(name, shape)
-        loaded = stored.to(device=self._ops.device, dtype=self._ops.dtype, copy=True)
-        self.num_parameters += loaded.numel()
-        self.num_bytes += loaded.numel() * loaded.element_size()
-        if self._progress:
-            self._progress(stored.numel() * stored.element_size())
-        return loaded
+    def _table(self, name: str, shape: tuple[int, int]) -> Tensor:
+        # Beside weights in some format, it is what a packed checkpoint holds.
+        dtype = self._ops.dtype if self.plan.body is None else torch.bfloat16
+        return self._own(self._reader.read(name, shape), dtype)
 
-    def vector(self, name: str, size: int) -> Tensor:
-        """A parameter ``[size]``."""
-        return self._load(name, (size,))
 
-    def table(self, name: str, rows: int, columns: int) -> Tensor:
-        """A parameter ``[rows, columns]``."""
-        return self._load(name, (rows, columns))
+class PackedLoader(CheckpointLoader):
+    """Of a checkpoint in the packed layout: on the CPU, large tensors stay in the mapped file."""
 
-    def linear(
-        self, names: Sequence[str], rows: Sequence[int], columns: int, *, bias: bool = False
-    ) -> DenseLinear:
-        """One product for the weights ``names``, stacked along their rows."""
-        parts = [
-            self._load(f"{name}.weight", (count, columns))
-            for name, count in zip(names, rows, strict=True)
-        ]
-        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
-        del parts
-        offsets = None
-        if bias:
-            offsets = torch.cat(
-                [
-                    self._load(f"{name}.bias", (count,))
-                    for name, count in zip(names, rows, strict=True)
-                ]
+    def __init__(
+        self,
+        checkpoint: SafetensorsCheckpoint,
+        ops: Ops,
+        plan: WeightPlan,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__(WeightReader(checkpoint, progress), ops, plan)
+
+    def _linear(self, stack: Stack, format: WeightFormat | None, indexed: bool) -> Linear:
+        assert format is not None
+        name, bias = stack.name, None
+        if stack.bias:
+            bias = self._own(self._reader.read(f"{name}.bias", (stack.total,)), self._ops.dtype)
+        shapes = part_shapes(format, stack.total, stack.columns, stack.gated)
+        parts = {
+            part: self._mapped(f"{name}.{part}", shape, dtype)
+            for part, (dtype, shape) in shapes.items()
+        }
+        packed = PackedWeight(format, stack.total, stack.columns, stack.gated, **parts)
+        return self._ops.linears.packed(packed, bias)
+
+    def _table(self, name: str, shape: tuple[int, int]) -> Tensor:
+        table = self._mapped(name, shape, torch.bfloat16)
+        self.num_bytes += table.nbytes
+        return table
+
+    def _mapped(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """On the device; that is the file itself where the device can read it."""
+        stored = self._reader.view(name, shape, dtype)
+        kept = stored.to(self._ops.device)
+        if kept is stored:
+            self.mapped_bytes += stored.nbytes
+        return kept
+
+
+def plan_weights(checkpoint: SafetensorsCheckpoint, asked: WeightPlan) -> WeightPlan:
+    """The formats that weights will have: what is asked for, or what a packed checkpoint has.
+
+    Raises:
+        CheckpointError: the checkpoint is quantized in a way that is not read.
+        ConfigurationError: it is packed in other formats than those asked for.
+    """
+    stored = WeightPlan.stored(checkpoint.config)
+    if stored is None:
+        return asked.completed()
+    for field, wanted, found in (
+        ("weights", asked.body, stored.body),
+        ("head_weights", asked.head, stored.head),
+    ):
+        if wanted is not None and wanted != found:
+            assert found is not None
+            raise ConfigurationError(
+                f"{field}: the checkpoint is packed as {found.name}, not {wanted.name}; leave the "
+                "option out, or quantize the original model"
             )
-        return DenseLinear(weight, offsets, self._ops)
+    return stored
 
-    def tied_linear(self, table: Tensor) -> DenseLinear:
-        """The product with ``table`` ``[rows, columns]``, which stays as it is."""
-        linear = DenseLinear(table, None, self._ops)
-        if linear.packed:
-            self.num_bytes += table.numel() * table.element_size()
-        return linear
+
+def make_loader(
+    checkpoint: SafetensorsCheckpoint,
+    ops: Ops,
+    asked: WeightPlan,
+    progress: Progress | None = None,
+) -> CheckpointLoader:
+    """The loader for a checkpoint in the formats that are asked for; raises as ``plan_weights``."""
+    plan = plan_weights(checkpoint, asked)
+    if WeightPlan.stored(checkpoint.config) is None:
+        return WeightLoader(checkpoint, ops, plan, progress)
+    return PackedLoader(checkpoint, ops, plan, progress)

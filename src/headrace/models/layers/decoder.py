@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from headrace.contracts.cache import CacheLayout, attention_layout
@@ -15,11 +16,13 @@ from headrace.models.base import (
     AttentionContext,
     DecoderLayer,
     DecoderModel,
+    Embedding,
     ModelShape,
     WeightSource,
 )
 from headrace.models.layers.rotary import RotaryEmbedding
 from headrace.models.layers.values import read_number, read_size
+from headrace.ops.linear import RMSNorm
 from headrace.ops.table import Ops
 
 
@@ -94,7 +97,7 @@ class AttentionBlock(DecoderLayer):
         self._index, self._rotary, self._ops = index, rotary, ops
         self._heads, self._kv_heads, self._width = heads, kv_heads, width
         self._eps = config.norm_eps
-        self._input_norm = weights.vector(prefix + "input_layernorm.weight", hidden)
+        self._input_norm = read_norm(weights, config, prefix + "input_layernorm")
         self._qkv = weights.linear(
             [attention + name for name in ("q_proj", "k_proj", "v_proj")],
             [heads * width, kv_heads * width, kv_heads * width],
@@ -108,30 +111,34 @@ class AttentionBlock(DecoderLayer):
         self._output = weights.linear(
             [attention + "o_proj"], [hidden], heads * width, bias=config.output_bias
         )
-        self._post_norm = weights.vector(prefix + "post_attention_layernorm.weight", hidden)
+        self._post_norm = read_norm(weights, config, prefix + "post_attention_layernorm")
         self._gate_up = weights.linear(
             [mlp + "gate_proj", mlp + "up_proj"],
             [config.intermediate] * 2,
             hidden,
             bias=config.mlp_bias,
+            gated=True,
         )
         self._down = weights.linear(
             [mlp + "down_proj"], [hidden], config.intermediate, bias=config.mlp_bias
         )
 
     def mix(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        normed = self._ops.rms_norm(hidden, self._input_norm, self._eps)
-        qkv = self._qkv(normed).view(len(hidden), -1, self._width)
+        qkv = self._qkv(hidden, norm=self._input_norm).view(len(hidden), -1, self._width)
         q, k, v = qkv.split([self._heads, self._kv_heads, self._kv_heads], dim=1)
         if self._q_norm is not None and self._k_norm is not None:
             q = self._ops.rms_norm(q, self._q_norm, self._eps)
             k = self._ops.rms_norm(k, self._k_norm, self._eps)
         attended = context.attend(self._index, q, k, v, self._rotary, self._width**-0.5)
-        return hidden + self._output(attended)
+        return self._output(attended, residual=hidden)
 
     def feed(self, hidden: Tensor) -> Tensor:
-        normed = self._ops.rms_norm(hidden, self._post_norm, self._eps)
-        return hidden + self._down(self._ops.silu_and_mul(self._gate_up(normed)))
+        return self._down(self._gate_up(hidden, norm=self._post_norm), residual=hidden)
+
+
+def read_norm(weights: WeightSource, config: DecoderConfig, name: str) -> RMSNorm:
+    """The norm of a hidden state whose weight is ``name + ".weight"``."""
+    return RMSNorm(weights.vector(name + ".weight", config.hidden), config.norm_eps)
 
 
 class DenseDecoder(DecoderModel):
@@ -163,21 +170,22 @@ class DenseDecoder(DecoderModel):
     def __init__(self, config: dict[str, Any], weights: WeightSource, ops: Ops) -> None:
         parsed = self.parse(config)
         rotary = RotaryEmbedding.from_config(config, parsed.head_dim)
-        self._ops, self._eps = ops, parsed.norm_eps
         vocab, hidden = parsed.vocab_size, parsed.hidden
-        self._embedding = weights.table("model.embed_tokens.weight", vocab, hidden)
+        embedding = "model.embed_tokens"
+        if parsed.tied:
+            self._head = weights.head(embedding, vocab, hidden)
+            self._embed: Embedding = self._head.rows
+        else:
+            self._embed = weights.embedding(embedding, vocab, hidden)
         self.layers: Sequence[DecoderLayer] = [
             AttentionBlock(parsed, index, rotary, weights, ops) for index in range(parsed.layers)
         ]
-        self._norm = weights.vector("model.norm.weight", hidden)
-        self._head = (
-            weights.tied_linear(self._embedding)
-            if parsed.tied
-            else weights.linear(["lm_head"], [vocab], hidden)
-        )
+        self._norm = read_norm(weights, parsed, "model.norm")
+        if not parsed.tied:
+            self._head = weights.head("lm_head", vocab, hidden)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        return self._ops.embedding(input_ids, self._embedding)
+        return self._embed(input_ids)
 
     def head(self, hidden: Tensor) -> Tensor:
-        return self._head(self._ops.rms_norm(hidden, self._norm, self._eps))
+        return self._head(hidden, norm=self._norm, out_dtype=torch.float32)
