@@ -12,7 +12,10 @@ import pytest
 
 from headrace import LLM, SamplingParams
 
-BENCHMARKS = ("against_transformers", "engine_overhead", "prefix_caching", "startup", "simulate")
+BENCHMARKS = (
+    *("against_transformers", "engine_overhead", "prefix_caching", "startup", "simulate"),
+    *("kernels", "thread_pools", "weight_formats"),
+)
 
 
 def output_of(repository: Path, home: Path, script: str, *arguments: str) -> str:

@@ -23,11 +23,15 @@ GOOD = Machine(
     device="cpu",
     device_memory=1 << 34,
     threads=8,
+    kernels=("portable", "avx2"),
 )
+NO_HALVES = replace(GOOD, hardware=replace(GOOD.hardware, isa=("avx2",)), kernels=("portable",))
 FITTING = ModelEstimate(
     name="m",
     architecture="llama",
     num_parameters=10,
+    weight_format="bfloat16",
+    head_format="bfloat16",
     stored_dtype="bfloat16",
     dtype="bfloat16",
     weight_bytes=20,
@@ -46,6 +50,7 @@ def test_json_agrees_with_the_loaded_model() -> None:
     machine, model = result["machine"], result["model"]
     assert machine["hardware"]["cores"] == host.usable_cores()
     assert machine["hardware"]["memory_bandwidth"] > 1e8
+    assert machine["kernels"][0] == "portable" and "amx_emulated" not in machine["kernels"]
     with LLM(kv_cache_memory_bytes=1 << 20) as llm:
         info = llm.model_info
     names = ("name", "architecture", "num_parameters", "dtype", "kv_token_bytes", "max_model_len")
@@ -53,6 +58,20 @@ def test_json_agrees_with_the_loaded_model() -> None:
     assert model["cached_tokens"] == info.num_pages * info.block_size
     assert model["weight_bytes"] <= info.weight_bytes
     assert any("context is cut from 2,048" in line for line in result["advice"])
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8-g64-zp"])
+def test_formats_are_counted(name: str, tmp_path: Path) -> None:
+    """Of weights quantized while loading, and of a packed checkpoint, as they will be in memory."""
+    packed = str(tmp_path / "packed")
+    assert invoke("quantize", "--format", name, "-o", packed).exit_code == 0
+    with LLM(packed, kv_cache_memory_bytes=1 << 20) as llm:
+        info = llm.model_info
+    for arguments in ((packed,), ("--weights", name)):
+        done = invoke("doctor", *arguments, "--json", "--kv-cache-memory", "1MiB")
+        model = json.loads(done.stdout)["model"]
+        names = ("num_parameters", "weight_bytes", "weight_format", "head_format")
+        assert {n: model[n] for n in names} == {n: getattr(info, n) for n in names}
 
 
 def test_tables() -> None:
@@ -92,7 +111,8 @@ def test_nothing_to_say_about_a_good_machine() -> None:
         (replace(GOOD, machine_cores=16), "Only 8 of the machine's 16 cores"),
         (replace(GOOD, threads=9), "use --threads 8"),
         (replace(GOOD, hardware=replace(GOOD.hardware, memory_bandwidth=5e9)), "only 5.0 GB/s"),
-        (replace(GOOD, hardware=replace(GOOD.hardware, isa=("avx2",))), "no bfloat16"),
+        (NO_HALVES, "no bfloat16"),
+        (replace(GOOD, kernels=()), "not built"),
         (replace(GOOD, hardware=replace(GOOD.hardware, isa=("avx512_bf16",))), "no AMX"),
     ],
 )

@@ -187,4 +187,5 @@ def test_at_a_terminal_the_prompt_comes_first(expected: str, tmp_path: Path) -> 
     with Terminal("run", PROMPT, *options, cwd=tmp_path) as terminal:
         shown = terminal.read_until("first token after")
         assert terminal.wait() == 0
+    assert "weights float32, 13.01 MiB in all; output head float32, 4 MiB" in shown
     assert (PROMPT + expected).replace("\n", "\r\n") in shown

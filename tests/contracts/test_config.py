@@ -26,6 +26,7 @@ REFUSED = [
     ),
     *(("memory_utilization", value) for value in (0.0, -0.5, 1.01, math.nan, math.inf)),
     *(("dtype", value) for value in ("fp16", "float64", "", "Float32")),
+    *(("kv_cache_dtype", value) for value in ("bfloat16", "fp8", "", None)),
     *((field, "no") for field in ("enable_prefix_caching", "reference", "seed")),
     *((field, 3) for field in ("device", "scheduling_policy")),
 ]
@@ -34,6 +35,7 @@ ACCEPTED = [
     *((field, None) for field in OPTIONAL_AT_LEAST_ONE),
     *(("memory_utilization", value) for value in (1e-6, 0.5, 1, 1.0)),
     *(("dtype", value) for value in ("auto", "float32", "bfloat16", "float16")),
+    *(("kv_cache_dtype", value) for value in ("auto", "int8")),
 ]
 
 
@@ -47,6 +49,11 @@ def test_refused_by_name(field: str, value: Any) -> None:
 @pytest.mark.parametrize(("field", "value"), ACCEPTED)
 def test_taken(field: str, value: Any) -> None:
     assert getattr(EngineConfig(**{field: value}), field) == value
+
+
+def test_the_cache_follows_the_computation() -> None:
+    assert EngineConfig().cache_dtype("bfloat16") == "bfloat16"
+    assert EngineConfig(kv_cache_dtype="int8").cache_dtype("bfloat16") == "int8"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from headrace import __version__
 from headrace.cli.bench import bench
 from headrace.cli.doctor import doctor
+from headrace.cli.quantize import quantize
 from headrace.cli.run import run
 from headrace.cli.serve import serve
 from headrace.errors import HeadraceError
@@ -52,4 +53,5 @@ app = typer.Typer(
 app.command()(run)
 app.command()(serve)
 app.add_typer(bench, name="bench")
+app.command()(quantize)
 app.command()(doctor)

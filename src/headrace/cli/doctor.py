@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -16,9 +14,9 @@ from headrace import __version__
 from headrace.cli.options import ENGINE_OF_MODEL, Json, takes
 from headrace.cli.output import progress, report, show, show_bytes
 from headrace.config import EngineConfig
-from headrace.contracts.cache import ITEM_BYTES
 from headrace.errors import ConfigurationError
 from headrace.ops import host
+from headrace.ops.extension import EMULATED, TORCH, supported_isas
 
 if TYPE_CHECKING:
     from headrace.ops.device import Device
@@ -30,7 +28,12 @@ SLOW_BANDWIDTH = 10e9
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The machine, the software that computes on it, and what it would compute with."""
+    """The machine, the software that computes on it, and what it would compute with.
+
+    Args:
+        kernels: instruction sets of the native kernels that run here, the plainest first; empty
+            where the kernels were not built.
+    """
 
     headrace: str
     python: str
@@ -40,6 +43,7 @@ class Machine:
     device: str
     device_memory: int
     threads: int
+    kernels: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,8 @@ class ModelEstimate:
 
     Args:
         stored_dtype, dtype: of the files, and that would be computed in.
-        weight_bytes: in ``dtype``.
+        weight_format, head_format: of the linear weights in the layers, and of the output head.
+        weight_bytes: of all parameters in memory.
         kv_token_bytes: KV cache of one token.
         cached_tokens: tokens that fit into the memory left for the KV cache.
         max_model_len: tokens that one sequence may have: the context, cut to that memory.
@@ -58,6 +63,8 @@ class ModelEstimate:
     name: str
     architecture: str
     num_parameters: int
+    weight_format: str
+    head_format: str
     stored_dtype: str
     dtype: str
     weight_bytes: int
@@ -90,6 +97,7 @@ def doctor(engine: dict[str, Any], as_json: Json = False) -> None:
         device=device.name,
         device_memory=device.free_memory(),
         threads=config.num_threads or hardware.cores,
+        kernels=tuple(isa for isa in supported_isas() if isa != EMULATED),
     )
     advice = [*machine_advice(machine), *model_advice(model)]
     report(
@@ -113,7 +121,12 @@ def estimate(config: EngineConfig, device: Device) -> ModelEstimate:
     from headrace.engine.compose import fit_context
     from headrace.loading import EMBEDDED_NAME, embedded_model
     from headrace.models.base import find_architecture
+    from headrace.ops.device import DTYPES
+    from headrace.ops.table import make_ops
+    from headrace.weights.counting import WeightCounter
+    from headrace.weights.formats import WeightPlan
     from headrace.weights.hub import resolve_model
+    from headrace.weights.loader import plan_weights
     from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
     if config.model is None:
@@ -124,9 +137,12 @@ def estimate(config: EngineConfig, device: Device) -> ModelEstimate:
     architecture = find_architecture(checkpoint.config)
     context = architecture.shape(checkpoint.config).context
     dtype = device.choose_dtype("float32" if config.reference else config.dtype, checkpoint.dtype)
-    layout = architecture.cache_layout(checkpoint.config, dtype, config.block_size)
-    num_parameters = _count_parameters(directory)
-    weight_bytes = num_parameters * ITEM_BYTES[dtype]
+    cache_dtype = config.cache_dtype(dtype)
+    layout = architecture.cache_layout(checkpoint.config, cache_dtype, config.block_size)
+    plan = plan_weights(checkpoint, WeightPlan.parse(config.weights, config.head_weights))
+    counter = WeightCounter(checkpoint, plan, DTYPES[dtype])
+    architecture(checkpoint.config, counter, make_ops(device, dtype, isa=TORCH))
+    weight_bytes = counter.num_bytes
     free = device.free_memory()
     room = config.kv_cache_memory_bytes
     if room is None:
@@ -145,7 +161,9 @@ def estimate(config: EngineConfig, device: Device) -> ModelEstimate:
     return ModelEstimate(
         name=config.model or EMBEDDED_NAME,
         architecture=str(checkpoint.config["model_type"]),
-        num_parameters=num_parameters,
+        num_parameters=counter.num_parameters,
+        weight_format=plan.body.name if plan.body else dtype,
+        head_format=plan.head.name if plan.head else dtype,
         stored_dtype=checkpoint.dtype,
         dtype=dtype,
         weight_bytes=weight_bytes,
@@ -155,17 +173,6 @@ def estimate(config: EngineConfig, device: Device) -> ModelEstimate:
         max_model_len=max_model_len,
         problem=problem,
     )
-
-
-def _count_parameters(directory: Path) -> int:
-    from safetensors import safe_open
-
-    sizes: dict[str, int] = {}
-    for path in directory.glob("*.safetensors"):
-        with safe_open(path, framework="numpy") as file:
-            names = file.keys()
-            sizes |= {name: math.prod(file.get_slice(name).get_shape()) for name in names}
-    return sum(sizes.values())
 
 
 def _machine_rows(machine: Machine) -> list[tuple[str, Any]]:
@@ -180,6 +187,7 @@ def _machine_rows(machine: Machine) -> list[tuple[str, Any]]:
         ("headrace, python, torch", f"{machine.headrace}, {machine.python}, {machine.torch}"),
         ("device", f"{machine.device}, {show_bytes(machine.device_memory)} free"),
         ("threads", str(machine.threads)),
+        ("native kernels", ", ".join(reversed(machine.kernels)) or "not built"),
     ]
 
 
@@ -188,7 +196,8 @@ def _model_rows(model: ModelEstimate) -> list[tuple[str, Any]]:
         ("architecture", model.architecture),
         ("parameters", show(model.num_parameters)),
         ("stored as, computed in", f"{model.stored_dtype}, {model.dtype}"),
-        ("weights", show_bytes(model.weight_bytes)),
+        ("weights, output head", f"{model.weight_format}, {model.head_format}"),
+        ("bytes of weights", show_bytes(model.weight_bytes)),
         ("KV cache per token", show_bytes(model.kv_token_bytes)),
         ("tokens that fit the KV cache", show(model.cached_tokens)),
         ("context", f"{show(model.max_model_len)} of {show(model.context)} tokens"),
@@ -217,7 +226,12 @@ def machine_advice(machine: Machine) -> Iterator[str]:
             f"Memory reads at only {hardware.memory_bandwidth / 1e9:.1f} GB/s, which bounds "
             "decoding; look for other programs that use it."
         )
-    if not {"avx512_bf16", "amx_bf16"} & set(hardware.isa):
+    if not machine.kernels:
+        yield (
+            "The native kernels were not built: torch computes instead, slower, and quantized "
+            "weights save no time; install a C++20 compiler, then Headrace again."
+        )
+    if not {"avx512_bf16", "amx_bf16"} & set(hardware.isa) and "avx2" not in machine.kernels:
         yield (
             "The processor has no bfloat16 instructions: half-precision models are computed in "
             "float32, with twice the memory and half the decoding speed."

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 Face = TypeVar("Face")
 
@@ -62,9 +62,16 @@ def progress(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def load(face: Callable[..., Face], engine: Mapping[str, Any]) -> Face:
-    """An ``LLM`` or ``AsyncLLM`` of these options, with a progress bar."""
+    """An ``LLM`` or ``AsyncLLM`` of these options; a person sees a bar, then what was loaded."""
     with progress("loading the model") as advance:
-        return face(**engine, progress=advance)
+        loaded: Any = face(**engine, progress=advance)
+    if sys.stderr.isatty():
+        info = loaded.model_info
+        note(
+            f"weights {info.weight_format}, {show_bytes(info.weight_bytes)} in all; output head "
+            f"{info.head_format}, {show_bytes(info.head_bytes)}"
+        )
+    return cast(Face, loaded)
 
 
 def show(value: Any) -> str:
