@@ -34,6 +34,17 @@ SHAPES: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 8192,
         },
     },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+    },
     "tiny": {
         "vocab_size": 4096,
         "hidden_size": 256,
@@ -49,15 +60,17 @@ SHAPES: dict[str, dict[str, Any]] = {
 def ensure_checkpoint(shape: str) -> Path:
     """The directory of a bfloat16 checkpoint of that shape, made if it is not there."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     directory, partial = CACHE / shape, CACHE / f"{shape}.partial"
     if directory.exists():
         return directory
     progress(f"making {directory}")
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[shape], rms_norm_eps=1e-5, tie_word_embeddings=True)
-    model: Any = LlamaForCausalLM(config)
+    options = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    config = transformers.AutoConfig.for_model(**{**options, **SHAPES[shape]})
+    auto_model: Any = transformers.AutoModelForCausalLM
+    model = auto_model.from_config(config)
     model.to(torch.bfloat16).save_pretrained(partial, max_shard_size="10GB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_model() / name, partial)

@@ -24,6 +24,9 @@ BENCHMARKS = {
     "against_transformers": "Against transformers",
     "engine_overhead": "The engine's own time",
     "prefix_caching": "Prefix caching",
+    "kernels": "Native products",
+    "thread_pools": "One thread pool or two",
+    "weight_formats": "Weight formats",
     "startup": "Start",
     "simulate": "Simulation",
 }
