@@ -10,6 +10,7 @@ import pytest
 
 from headrace import LLM
 from headrace.cli.doctor import Machine, ModelEstimate, machine_advice, model_advice
+from headrace.loading import embedded_model
 from headrace.ops import host
 from headrace.plan.hardware import HardwareProfile, read_bandwidth
 from tests.cli.programs import invoke
@@ -64,7 +65,7 @@ def test_json_agrees_with_the_loaded_model() -> None:
 def test_formats_are_counted(name: str, tmp_path: Path) -> None:
     """Of weights quantized while loading, and of a packed checkpoint, as they will be in memory."""
     packed = str(tmp_path / "packed")
-    assert invoke("quantize", "--format", name, "-o", packed).exit_code == 0
+    assert invoke("quantize", str(embedded_model()), "--format", name, "-o", packed).exit_code == 0
     with LLM(packed, kv_cache_memory_bytes=1 << 20) as llm:
         info = llm.model_info
     for arguments in ((packed,), ("--weights", name)):
