@@ -49,12 +49,12 @@ static size_t attention_scratch(int64_t rows, int64_t width) {
 #endif
 
 // Products of all rows and a block of keys.
-static void multiply_keys(const AttentionTask& task, const KeyBlock& block,
+static void multiply_keys(const AttentionTask& task, const KeyBlock& block, const KeyBlock* next,
                           const AttentionScratch& scratch) {
   if (task.keys.scale_offsets != nullptr)
-    pack_keys<true>(block, task.width, scratch.keys);
+    pack_keys<true>(block, next, task.width, scratch.keys);
   else
-    pack_keys<false>(block, task.width, scratch.keys);
+    pack_keys<false>(block, next, task.width, scratch.keys);
   multiply_bf16(task.rows, (block.count + kPanel - 1) / kPanel, task.width / 2, task.q, task.width,
                 scratch.keys, task.width * kPanel, scratch.scores, kKeyBlock, false);
 }
@@ -170,16 +170,16 @@ static void attend_many(const AttentionTask& task, const AttentionScratch& scrat
     alignas(64) float factors[kKeyBlock], value_scales[kKeyBlock];
     block_factors(task, walk.keys(), factors);
     if (bytes) load_value_scales(walk.values(), value_scales);
-    multiply_keys(task, walk.keys(), scratch);
+    multiply_keys(task, walk.keys(), walk.next_keys(), scratch);
     for (int64_t row = 0; row < task.rows; ++row)
       half_softmax(task, row, walk.first, walk.keys().count, factors,
                    bytes ? value_scales : nullptr, scratch, columns);
     // A multiple of 32, which tiles need; what is behind the last key is zero.
     const int64_t padded = round_up(walk.values().count, 32);
     if (bytes)
-      pack_values<true>(walk.values(), task.width, padded, scratch.values);
+      pack_values<true>(walk.values(), walk.next_values(), task.width, padded, scratch.values);
     else
-      pack_values<false>(walk.values(), task.width, padded, scratch.values);
+      pack_values<false>(walk.values(), walk.next_values(), task.width, padded, scratch.values);
     multiply_bf16(task.rows, columns / kPanel, padded / 2, scratch.probability, kKeyBlock,
                   scratch.values, padded * kPanel, scratch.result, columns, true);
   }
@@ -222,7 +222,7 @@ static void sum_scores(const AttentionTask& task, std::byte* memory) {
     locate(task.keys, task, first, least(kKeyBlock, task.end - first), scratch.copies[0], block);
     alignas(64) float factors[kKeyBlock];
     block_factors(task, block, factors);
-    multiply_keys(task, block, scratch);
+    multiply_keys(task, block, nullptr, scratch);
     float sums[kKeyBlock] = {};
     for (int64_t row = 0; row < task.rows; ++row) {
       float* scores = scratch.scores + row * kKeyBlock;

@@ -258,7 +258,7 @@ static void few_byte_values_rows(const KeyBlock& block, const KeyBlock* next, in
       const std::byte* ahead = panel_ahead(block, next, n / kPanel) + place;
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) prefetch(ahead + i * width);
-      const auto load = [&](int64_t key) { return _mm512_maskz_loadu_epi8(mask, at + key * width); };
+      const auto load = [&](int64_t i) { return _mm512_maskz_loadu_epi8(mask, at + i * width); };
       const __m512i a = load(0), b = load(1), c = load(2), d = load(3);
       const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
       const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);

@@ -141,15 +141,19 @@ INLINE void transpose(__m512i* r) {
 }
 
 template <bool Bytes>
-static void pack_keys(const KeyBlock& block, int64_t width, uint16_t* out) {
+static void pack_keys(const KeyBlock& block, const KeyBlock* next, int64_t width,
+                      uint16_t* out) {
   const int64_t entry = width * (Bytes ? 1 : 2);
   for (int64_t first = 0; first < block.count; first += kPanel, out += width * kPanel) {
     const std::byte* panel = block.panels[first / kPanel];
+    const std::byte* ahead = panel_ahead(block, next, first / kPanel);
     for (int64_t column = 0; column < width; column += 32) {
       __m512i r[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i)
+      for (int i = 0; i < 16; ++i) {
         r[i] = load_entry<Bytes>(panel + i * entry, column, width - column);
+        prefetch(ahead + i * entry + column * (Bytes ? 1 : 2));
+      }
       transpose(r);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i)
@@ -159,11 +163,16 @@ static void pack_keys(const KeyBlock& block, int64_t width, uint16_t* out) {
 }
 
 template <bool Bytes>
-static void pack_values(const KeyBlock& block, int64_t width, int64_t keys, uint16_t* out) {
+static void pack_values(const KeyBlock& block, const KeyBlock* next, int64_t width, int64_t keys,
+                        uint16_t* out) {
   const int64_t entry = width * (Bytes ? 1 : 2), present = round_up(block.count, kPanel);
   for (int64_t column = 0; column < width; column += 32, out += 2 * kPanel * keys) {
     for (int64_t n = 0; n < present; n += 2) {
-      const std::byte* at = block.panels[n / kPanel] + n % kPanel * entry;
+      const int64_t place = n % kPanel * entry;
+      const std::byte* at = block.panels[n / kPanel] + place;
+      const std::byte* ahead = panel_ahead(block, next, n / kPanel) + place;
+      prefetch(ahead + column * (Bytes ? 1 : 2));
+      prefetch(ahead + entry + column * (Bytes ? 1 : 2));
       const __m512i a = load_entry<Bytes>(at, column, width - column);
       const __m512i b = load_entry<Bytes>(at + entry, column, width - column);
       _mm512_storeu_si512(out + n * kPanel, _mm512_unpacklo_epi16(a, b));
@@ -223,16 +232,20 @@ INLINE void transpose(__m256i* r) {
 }
 
 template <bool Bytes>
-static void pack_keys(const KeyBlock& block, int64_t width, uint16_t* out) {
+static void pack_keys(const KeyBlock& block, const KeyBlock* next, int64_t width,
+                      uint16_t* out) {
   const int64_t entry = width * (Bytes ? 1 : 2);
   for (int64_t first = 0; first < block.count; first += kPanel, out += width * kPanel)
     for (int64_t half = 0; half < 2; ++half) {
       const std::byte* keys = block.panels[first / kPanel] + half * 8 * entry;
+      const std::byte* ahead = panel_ahead(block, next, first / kPanel) + half * 8 * entry;
       for (int64_t column = 0; column < width; column += 16) {
         __m256i r[8];
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i)
+        for (int i = 0; i < 8; ++i) {
           r[i] = load_entry<Bytes>(keys + i * entry, column, width - column);
+          if (column % 32 == 0) prefetch(ahead + i * entry + column * (Bytes ? 1 : 2));
+        }
         transpose(r);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i)
@@ -243,11 +256,16 @@ static void pack_keys(const KeyBlock& block, int64_t width, uint16_t* out) {
 }
 
 template <bool Bytes>
-static void pack_values(const KeyBlock& block, int64_t width, int64_t keys, uint16_t* out) {
+static void pack_values(const KeyBlock& block, const KeyBlock* next, int64_t width, int64_t keys,
+                        uint16_t* out) {
   const int64_t entry = width * (Bytes ? 1 : 2), present = round_up(block.count, kPanel);
   for (int64_t column = 0; column < width; column += 16, out += kPanel * keys) {
     for (int64_t n = 0; n < present; n += 2) {
-      const std::byte* at = block.panels[n / kPanel] + n % kPanel * entry;
+      const int64_t place = n % kPanel * entry;
+      const std::byte* at = block.panels[n / kPanel] + place;
+      const std::byte* ahead = panel_ahead(block, next, n / kPanel) + place;
+      prefetch(ahead + column * (Bytes ? 1 : 2));
+      prefetch(ahead + entry + column * (Bytes ? 1 : 2));
       const __m256i a = load_entry<Bytes>(at, column, width - column);
       const __m256i b = load_entry<Bytes>(at + entry, column, width - column);
       _mm256_storeu_si256((__m256i*)(out + n * kPanel), _mm256_unpacklo_epi16(a, b));
@@ -270,7 +288,8 @@ INLINE uint16_t element(const std::byte* entry, int64_t column) {
 }
 
 template <bool Bytes>
-static void pack_keys(const KeyBlock& block, int64_t width, uint16_t* out) {
+static void pack_keys(const KeyBlock& block, const KeyBlock*, int64_t width,
+                      uint16_t* out) {
   for (int64_t first = 0; first < block.count; first += kPanel, out += width * kPanel)
     for (int64_t lane = 0; lane < kPanel; ++lane) {
       const std::byte* entry = block.panels[first / kPanel] + lane * width * (Bytes ? 1 : 2);
@@ -280,7 +299,8 @@ static void pack_keys(const KeyBlock& block, int64_t width, uint16_t* out) {
 }
 
 template <bool Bytes>
-static void pack_values(const KeyBlock& block, int64_t width, int64_t keys, uint16_t* out) {
+static void pack_values(const KeyBlock& block, const KeyBlock*, int64_t width, int64_t keys,
+                        uint16_t* out) {
   const int64_t columns = round_up(width, kChunk);
   for (int64_t n = 0; n < keys; ++n) {
     const std::byte* entry =
