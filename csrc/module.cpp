@@ -17,4 +17,5 @@ NB_MODULE(_native, module) {
       .def_prop_ro("threads", [](const Context& self) { return self.pool.threads(); });
   bind_linear(module, context);
   bind_attention(module, context);
+  bind_sampling(context);
 }

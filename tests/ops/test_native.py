@@ -27,6 +27,7 @@ from headrace.ops.packed_weight import (
     pack_dense,
 )
 from headrace.ops.scale_search import native_search_scales, search_scales
+from headrace.ops.selection import lowest_kept, native_lowest_kept
 from headrace.ops.table import make_ops
 
 MODULE = extension.extension()
@@ -174,6 +175,22 @@ def test_scale_search(context: extension._native.Context, format: WeightFormat) 
     assert [part.dtype for part in found] == [part.dtype for part in expected]
     groups[7, 3] = torch.nan
     assert native_search_scales(context, groups, format)[1].isnan().nonzero().tolist() == [[7]]
+
+
+def test_lowest_kept() -> None:
+    """A row alone, many rows, what is out already, more wanted than there is."""
+    torch.manual_seed(0)
+    context = MODULE.Context(2)
+    for rows, width in ((1, 64), (5, 4096), (16, 1280)):
+        scores = torch.randn(rows, width).mul_(4)
+        scores -= scores.amax(1, keepdim=True)
+        scores[:, ::7] = -torch.inf
+        scores[0, :9] = scores[0, 9]
+        for measures in (scores.exp(), torch.ones_like(scores)):
+            shares = torch.linspace(0.001, 1.1, rows, dtype=torch.float64).unsqueeze(1)
+            wanted = shares * measures.double().sum(1, keepdim=True)
+            expected = lowest_kept(scores, measures, wanted)
+            assert torch.equal(native_lowest_kept(context, scores, measures, wanted), expected)
 
 
 def test_rms_norm(context: extension._native.Context) -> None:

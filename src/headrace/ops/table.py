@@ -22,6 +22,7 @@ from headrace.ops.native_linear import NativeLinearOps, native_rms_norm
 from headrace.ops.paged import Attention
 from headrace.ops.reference import ReferenceAttention
 from headrace.ops.scale_search import ScaleSearch, native_search_scales, search_scales
+from headrace.ops.selection import LowestKept, lowest_kept, native_lowest_kept
 
 if TYPE_CHECKING:
     from headrace.ops._native import Context
@@ -46,6 +47,7 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     attention: Attention[Any]
     search_scales: ScaleSearch = search_scales
+    lowest_kept: LowestKept = lowest_kept
     isa: str = TORCH
 
 
@@ -123,5 +125,6 @@ def native_ops(context: Context) -> Ops:
         rms_norm=partial(native_rms_norm, context),
         attention=NativeAttention(context),
         search_scales=partial(native_search_scales, context),
+        lowest_kept=partial(native_lowest_kept, context),
         isa=context.isa,
     )

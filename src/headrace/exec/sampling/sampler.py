@@ -21,6 +21,7 @@ from headrace.exec.sampling.steps import (
     default_steps,
     uniform_numbers,
 )
+from headrace.ops.selection import LowestKept, lowest_kept
 
 _NOT_FINITE = "no token can be drawn: the logits are not finite (NaN or infinity)"
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
@@ -43,8 +44,12 @@ class Sampler:
     """
 
     def __init__(
-        self, steps: Sequence[ScoreStep] | None = None, cuts: Sequence[Cut] | None = None
+        self,
+        steps: Sequence[ScoreStep] | None = None,
+        cuts: Sequence[Cut] | None = None,
+        lowest_kept: LowestKept = lowest_kept,
     ) -> None:
+        self._lowest_kept = lowest_kept
         self.steps = list(default_steps() if steps is None else steps)
         self.cuts = list(default_cuts() if cuts is None else cuts)
 
@@ -88,7 +93,7 @@ class Sampler:
 
     def _draw_cut(self, scores: Tensor, states: Sequence[SampleState]) -> Tensor:
         """The same where unlikely tokens are put out first."""
-        candidates = Candidates(_heat(scores, states))
+        candidates = Candidates(_heat(scores, states), self._lowest_kept)
         for cut in self.cuts:
             if any(map(cut.asked, states)):
                 cut(candidates, states)

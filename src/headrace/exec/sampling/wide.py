@@ -13,9 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 64
-_DIGITS = ((31, 21), (21, 11), (11, 0))
-"""Bits of a positive float, most significant first, as (end, start)."""
-_BINS = 1 << 11
 
 
 def pad(scores: Tensor) -> Tensor:
@@ -73,23 +70,3 @@ def locate(weights: Tensor, numbers: Tensor) -> Tensor:
     # The block was summed in another order; what is left of the target must stay below its end.
     left = torch.minimum(target - before, inside[:, -1:] * (1 - 2**-50))
     return (block * BLOCK + torch.searchsorted(inside, left, right=True)).squeeze(1)
-
-
-def lowest_kept(scores: Tensor, measures: Tensor, wanted: Tensor) -> Tensor:
-    """``[R, 1]``: the lowest score of the smallest upper set that measures at least ``wanted``.
-
-    Scores are at most 0 and ``measures``, of each place, at least 0, both ``[R, width]``. Where the
-    whole row measures less, it is the row's lowest score. Radix selection over the scores' bits.
-    """
-    keys = scores.abs().view(torch.int32)
-    prefix = torch.zeros_like(keys[:, :1])
-    above = torch.zeros_like(wanted, dtype=torch.float64)
-    for end, start in _DIGITS:
-        digits = (keys >> start) & ((1 << (end - start)) - 1)
-        inside = torch.where(keys >> end == prefix, measures, 0).double()
-        histogram = torch.zeros(len(keys), _BINS, dtype=torch.float64, device=keys.device)
-        sums = above + histogram.scatter_add_(1, digits.long(), inside).cumsum(dim=-1)
-        place = (sums < torch.minimum(wanted, sums[:, -1:])).sum(dim=-1, keepdim=True)
-        above = torch.cat((above, sums), dim=-1).gather(1, place)
-        prefix = (prefix << (end - start)) | place.int()
-    return -prefix.view(torch.float32)

@@ -1,0 +1,57 @@
+"""The likeliest tokens of rows as wide as a vocabulary, found without sorting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from headrace.ops._native import Context
+
+LowestKept = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Scores, measures and what is wanted to thresholds, as ``lowest_kept``."""
+
+_DIGITS = ((31, 21), (21, 11), (11, 0))
+"""Bits of a positive float, most significant first, as (end, start)."""
+_BINS = 1 << 11
+
+
+def lowest_kept(scores: Tensor, measures: Tensor, wanted: Tensor) -> Tensor:
+    """``[R, 1]``: the lowest score of the smallest upper set that measures at least ``wanted``.
+
+    Scores are at most 0 and ``measures``, of each place, at least 0, both ``[R, width]``. Where the
+    whole row measures less, it is the row's lowest score. Radix selection over the scores' bits.
+    """
+    keys = scores.abs().view(torch.int32)
+    prefix = torch.zeros_like(keys[:, :1])
+    above = torch.zeros_like(wanted, dtype=torch.float64)
+    for end, start in _DIGITS:
+        digits = (keys >> start) & ((1 << (end - start)) - 1)
+        inside = torch.where(keys >> end == prefix, measures, 0).double()
+        histogram = torch.zeros(len(keys), _BINS, dtype=torch.float64, device=keys.device)
+        sums = above + histogram.scatter_add_(1, digits.long(), inside).cumsum(dim=-1)
+        place = (sums < torch.minimum(wanted, sums[:, -1:])).sum(dim=-1, keepdim=True)
+        above = torch.cat((above, sums), dim=-1).gather(1, place)
+        prefix = (prefix << (end - start)) | place.int()
+    return -prefix.view(torch.float32)
+
+
+def native_lowest_kept(
+    context: Context, scores: Tensor, measures: Tensor, wanted: Tensor
+) -> Tensor:
+    """``lowest_kept`` on the native kernels, a row on each thread; all fp32 but ``wanted``."""
+    scores, measures = scores.contiguous(), measures.float().contiguous()
+    wanted = wanted.double().contiguous()
+    lowest = torch.empty(len(scores), 1)
+    context.lowest_kept(
+        scores.data_ptr(),
+        measures.data_ptr(),
+        len(scores),
+        scores.shape[1],
+        wanted.data_ptr(),
+        lowest.data_ptr(),
+    )
+    return lowest
