@@ -1,4 +1,5 @@
-// The best scale of each group of weights among a few candidates.
+// The best scale of each group of weights among a few candidates. All instruction sets find the same
+// to the bit: sums go in sixteen lanes, and nothing is fused.
 
 struct Fit {
   float gain;  // how far the squared error falls from that of all zeros

@@ -20,6 +20,7 @@ from headrace.json_file import read_json
 from headrace.kv.arena import KVArena
 from headrace.models.base import find_architecture
 from headrace.ops.device import Device, resolve_device
+from headrace.ops.scale_search import make_scale_search
 from headrace.ops.table import make_ops
 from headrace.text.tokenizer import Tokenizer
 from headrace.weights.formats import WeightPlan
@@ -238,9 +239,8 @@ def quantize_model(
         raise ConfigurationError("weights: name a format to store the weights in")
     source = SafetensorsCheckpoint(find_model(config))
     architecture = find_architecture(source.config)
-    # Nothing is computed but scales, and those natively only beside bfloat16.
-    ops = make_ops(resolve_device("cpu"), "bfloat16", threads=config.num_threads, isa=config.isa)
-    quantization = make_quantizer(ops.search_scales, quantizer)
+    ops = make_ops(resolve_device("cpu"), "bfloat16", threads=config.num_threads)
+    quantization = make_quantizer(make_scale_search(ops.threads), quantizer)
     counted = _counted(progress, source.num_bytes)
     with packed_checkpoint(
         source, output, plan, quantization, force=force, progress=counted

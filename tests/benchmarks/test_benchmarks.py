@@ -44,7 +44,8 @@ def test_results_are_tables(name: str, repository: Path, tmp_path: Path) -> None
     table = json.loads(output_of(repository, tmp_path, "run_all.py", *options))
     assert table["title"]
     assert all(len(row) == len(table["columns"]) for row in table["rows"])
-    assert all(value > 0 for row in table["rows"] for value in row[1:])
+    figures = [value for row in table["rows"] for value in row[1:] if not isinstance(value, str)]
+    assert figures and all(value >= 0 for value in figures)
 
 
 def test_every_benchmark_is_explained(repository: Path) -> None:

@@ -173,6 +173,9 @@ def test_scale_search(context: extension._native.Context, format: WeightFormat) 
     torch.testing.assert_close(errors[0], errors[1], rtol=1e-2, atol=1e-9)
     assert (found[0] == expected[0]).float().mean() > 0.95
     assert [part.dtype for part in found] == [part.dtype for part in expected]
+    every = [native_search_scales(MODULE.Context(3, isa), groups, format) for isa in ISAS]
+    for other in every:
+        assert all(torch.equal(*pair) for pair in zip(other, found, strict=True))
     groups[7, 3] = torch.nan
     assert native_search_scales(context, groups, format)[1].isnan().nonzero().tolist() == [[7]]
 

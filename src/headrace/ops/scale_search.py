@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from headrace.ops.extension import open_context
 from headrace.ops.packed_weight import WeightFormat
 
 if TYPE_CHECKING:
@@ -96,6 +98,15 @@ def native_search_scales(
         zeros.data_ptr() if format.zero_points else 0,
     )
     return values, scales, zeros
+
+
+def make_scale_search(threads: int) -> ScaleSearch:
+    """The fastest of this installation, on so many threads.
+
+    It does not depend on what the model computes with: a weight is quantized alike everywhere.
+    """
+    context = open_context("auto", threads)
+    return search_scales if context is None else partial(native_search_scales, context)
 
 
 def _grid(format: WeightFormat) -> tuple[int, int]:

@@ -21,7 +21,6 @@ from headrace.ops.native_attention import NativeAttention
 from headrace.ops.native_linear import NativeLinearOps, native_rms_norm
 from headrace.ops.paged import Attention
 from headrace.ops.reference import ReferenceAttention
-from headrace.ops.scale_search import ScaleSearch, native_search_scales, search_scales
 from headrace.ops.selection import LowestKept, lowest_kept, native_lowest_kept
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ class Ops:
         batch_invariant: results of one token depend on no other; the layer loop then runs
             micro-batches of one token.
         isa: instruction set of the native kernels, or "torch".
+        threads: of operations on the CPU.
     """
 
     device: str
@@ -46,9 +46,9 @@ class Ops:
     linears: LinearOps
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     attention: Attention[Any]
-    search_scales: ScaleSearch = search_scales
     lowest_kept: LowestKept = lowest_kept
     isa: str = TORCH
+    threads: int = 1
 
 
 VERSIONS: dict[str, dict[str, Callable[..., object]]] = {
@@ -112,6 +112,7 @@ def make_ops(
         linears=torch_cpu.TorchCpuLinear(kind) if fast_cpu else ReferenceLinear(kind),
         rms_norm=torch_cpu.rms_norm if fast_cpu else reference.rms_norm,
         attention=attention,
+        threads=count,
     )
 
 
@@ -124,7 +125,7 @@ def native_ops(context: Context) -> Ops:
         linears=NativeLinearOps(context),
         rms_norm=partial(native_rms_norm, context),
         attention=NativeAttention(context),
-        search_scales=partial(native_search_scales, context),
         lowest_kept=partial(native_lowest_kept, context),
         isa=context.isa,
+        threads=context.threads,
     )

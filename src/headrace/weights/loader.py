@@ -12,6 +12,7 @@ from torch import Tensor
 from headrace.errors import ConfigurationError
 from headrace.ops.linear import Linear
 from headrace.ops.packed_weight import BF16, PackedWeight, WeightFormat, part_shapes
+from headrace.ops.scale_search import make_scale_search
 from headrace.ops.table import Ops
 from headrace.weights.formats import WeightPlan
 from headrace.weights.quantizers import Quantizer, make_quantizer, pack_weight
@@ -104,13 +105,15 @@ class WeightLoader(CheckpointLoader):
     ) -> None:
         plan = (plan or WeightPlan()).completed()
         super().__init__(WeightReader(checkpoint, progress), ops, plan)
-        self._quantizer = quantizer or make_quantizer(ops.search_scales)
+        self._quantizer = quantizer
 
     def _linear(self, stack: Stack, format: WeightFormat | None, indexed: bool) -> Linear:
         weight, bias = self._reader.weight(stack), self._reader.bias(stack)
         if bias is not None:
             bias = self._own(bias, self._ops.dtype)
         if format is not None and format != BF16:
+            if self._quantizer is None:
+                self._quantizer = make_quantizer(make_scale_search(self._ops.threads))
             packed = pack_weight(weight, format, stack.gated, self._quantizer)
             return self._ops.linears.packed(packed.to(self._ops.device), bias)
         if format == BF16:
