@@ -61,7 +61,8 @@ async def watch(
     while time.monotonic() < until:
         await asyncio.sleep(SAMPLE_SECONDS)
         samples.append(((time.monotonic() - start) / 60, resident_bytes()))
-        least[0] = min(least[0], llm.stats().waiting)
+        if time.monotonic() < until:  # after that the clients leave
+            least[0] = min(least[0], llm.stats().waiting)
         if len(samples) % 30 == 0:
             print(f"{samples[-1][0]:.0f} min, {samples[-1][1] / 1e6:.1f} MB", file=sys.stderr)
 
