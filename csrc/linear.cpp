@@ -114,6 +114,9 @@ void multiply(Context& context, const LinearWeight& weight, uintptr_t x, int64_t
 
 void rows_of(Context& context, const LinearWeight& weight, uintptr_t ids, int64_t count,
              uintptr_t out) {
+  const auto* first = pointer<const int64_t>(ids);
+  if (std::any_of(first, first + count, [&](int64_t id) { return id < 0 || id >= weight.rows; }))
+    throw nb::index_error("ids: every row must be one of the weight's");
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(context.busy);
   constexpr int64_t each = 16;
@@ -199,6 +202,7 @@ uint64_t read(Context& context, uintptr_t data, size_t bytes) {
 
 // Operations done by all threads together, each running `steps` of the inner product.
 double peak(Context& context, const std::string& kind, int64_t steps) {
+  if (kind != "int8" && kind != "bf16") throw std::invalid_argument("kind: int8 or bf16");
   const auto run = kind == "int8" ? context.kernels->peak_int8 : context.kernels->peak_bf16;
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(context.busy);

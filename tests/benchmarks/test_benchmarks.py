@@ -14,7 +14,7 @@ from headrace import LLM, SamplingParams
 
 BENCHMARKS = (
     *("against_transformers", "engine_overhead", "prefix_caching", "startup", "simulate"),
-    *("kernels", "thread_pools", "weight_formats"),
+    *("kernels", "thread_pools"),
 )
 
 
@@ -44,12 +44,22 @@ def test_results_are_tables(name: str, repository: Path, tmp_path: Path) -> None
     table = json.loads(output_of(repository, tmp_path, "run_all.py", *options))
     assert table["title"]
     assert all(len(row) == len(table["columns"]) for row in table["rows"])
-    figures = [value for row in table["rows"] for value in row[1:] if not isinstance(value, str)]
-    assert figures and all(value >= 0 for value in figures)
+    assert all(value > 0 for row in table["rows"] for value in row[1:])
+
+
+def test_weight_formats_lose_what_their_bits_say(repository: Path, tmp_path: Path) -> None:
+    options = ("--only", "weight_formats", "--quick", "--json", "--rounds", "1")
+    table = json.loads(output_of(repository, tmp_path, "run_all.py", *options))
+    column = table["columns"].index("mean KL")
+    loss = {tuple(row[:2]): row[column] for row in table["rows"]}
+    assert loss["bf16", "bf16"] == 0
+    ascending = ("w8a8", "w4a8-g32", "w4a8-g64", "w4a8-g128")
+    losses = [loss[name, "w8a8"] for name in ascending]
+    assert losses[0] > 0 and losses == sorted(losses)
 
 
 def test_every_benchmark_is_explained(repository: Path) -> None:
     page = (repository / "benchmarks" / "README.md").read_text()
-    for name in BENCHMARKS:
+    for name in (*BENCHMARKS, "weight_formats"):
         assert (repository / "benchmarks" / f"{name}.py").is_file()
         assert f"`python benchmarks/run_all.py --only {name}`" in page

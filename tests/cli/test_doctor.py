@@ -35,6 +35,7 @@ FITTING = ModelEstimate(
     head_format="bfloat16",
     stored_dtype="bfloat16",
     dtype="bfloat16",
+    isa="avx2",
     weight_bytes=20,
     kv_token_bytes=4,
     context=4096,
@@ -73,6 +74,13 @@ def test_formats_are_counted(name: str, tmp_path: Path) -> None:
         model = json.loads(done.stdout)["model"]
         names = ("num_parameters", "weight_bytes", "weight_format", "head_format")
         assert {n: model[n] for n in names} == {n: getattr(info, n) for n in names}
+
+
+def test_the_instruction_set_is_the_one_that_would_compute() -> None:
+    done = invoke("doctor", "--isa", "avx2", "--dtype", "bfloat16", "--json")
+    assert json.loads(done.stdout)["model"]["isa"] == "avx2"
+    refused = invoke("doctor", "--isa", "sse9", "--dtype", "bfloat16")
+    assert refused.exit_code == 1 and "sse9 is unknown" in refused.stderr
 
 
 def test_tables() -> None:

@@ -16,7 +16,7 @@ from headrace.errors import ConfigurationError
 from headrace.ops import extension, reference
 from headrace.ops.device import Device
 from headrace.ops.host import isa_features
-from headrace.ops.linear import ReferenceLinear, RMSNorm
+from headrace.ops.linear import Linear, ReferenceLinear, RMSNorm
 from headrace.ops.native_linear import NativeLinear, NativeLinearOps, native_rms_norm
 from headrace.ops.packed_weight import (
     FORMATS,
@@ -140,6 +140,45 @@ def test_rows(context: extension._native.Context, format: WeightFormat) -> None:
     expected = ReferenceLinear(torch.float32).packed(weight).rows(ids)
     found = NativeLinearOps(context).packed(weight).rows(ids)
     assert torch.equal(found, expected.bfloat16())
+
+
+class TestRefusals:
+    """Kernels read memory by address, so what does not fit must not reach them."""
+
+    @staticmethod
+    def linear() -> Linear:
+        weight = random_weight(32, 64, WeightFormat.parse("w8a8"), False)
+        return NativeLinearOps(MODULE.Context(1)).packed(weight)
+
+    @pytest.mark.parametrize("x", [torch.zeros(2, 63).bfloat16(), torch.zeros(2, 64)])
+    def test_activations(self, x: Tensor) -> None:
+        with pytest.raises(ValueError, match=r"x is .* must be bfloat16 \[tokens, 64\]"):
+            self.linear()(x)
+
+    def test_norms(self) -> None:
+        with pytest.raises(ValueError, match="norm must be bfloat16"):
+            self.linear()(torch.zeros(2, 64).bfloat16(), norm=RMSNorm(torch.ones(64), 1e-5))
+
+    @pytest.mark.parametrize(
+        "residual",
+        [
+            torch.zeros(2, 32),
+            torch.zeros(1, 32).bfloat16(),
+            torch.zeros(32, 2).bfloat16().t(),
+        ],
+    )
+    def test_residuals(self, residual: Tensor) -> None:
+        with pytest.raises(ValueError, match="residual is"):
+            self.linear()(torch.zeros(2, 64).bfloat16(), residual=residual)
+
+    @pytest.mark.parametrize("ids", [[32], [-1], [3, 1 << 40]])
+    def test_rows_that_are_not_there(self, ids: list[int]) -> None:
+        with pytest.raises(IndexError, match="ids"):
+            self.linear().rows(torch.tensor(ids))
+
+    def test_ids_of_another_type(self) -> None:
+        with pytest.raises(ValueError, match="int64"):
+            self.linear().rows(torch.tensor([1], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -16,7 +16,7 @@ from headrace.cli.output import progress, report, show, show_bytes
 from headrace.config import EngineConfig
 from headrace.errors import ConfigurationError
 from headrace.ops import host
-from headrace.ops.extension import EMULATED, TORCH, supported_isas
+from headrace.ops.extension import EMULATED, supported_isas
 
 if TYPE_CHECKING:
     from headrace.ops.device import Device
@@ -52,6 +52,7 @@ class ModelEstimate:
 
     Args:
         stored_dtype, dtype: of the files, and that would be computed in.
+        isa: instruction set of the native kernels that would compute, or "torch".
         weight_format, head_format: of the linear weights in the layers, and of the output head.
         weight_bytes: of all parameters in memory.
         kv_token_bytes: KV cache of one token.
@@ -67,6 +68,7 @@ class ModelEstimate:
     head_format: str
     stored_dtype: str
     dtype: str
+    isa: str
     weight_bytes: int
     kv_token_bytes: int
     context: int
@@ -119,21 +121,16 @@ def estimate(config: EngineConfig, device: Device) -> ModelEstimate:
         HeadraceError: the model cannot be found or is not supported.
     """
     from headrace.engine.compose import fit_context
-    from headrace.loading import EMBEDDED_NAME, embedded_model
+    from headrace.loading import EMBEDDED_NAME, find_model
     from headrace.models.base import find_architecture
     from headrace.ops.device import DTYPES
     from headrace.ops.table import make_ops
     from headrace.weights.counting import WeightCounter
     from headrace.weights.formats import WeightPlan
-    from headrace.weights.hub import resolve_model
     from headrace.weights.loader import plan_weights
     from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
-    if config.model is None:
-        directory = embedded_model()
-    else:
-        directory = resolve_model(config.model, config.revision, config.download_dir)
-    checkpoint = SafetensorsCheckpoint(directory)
+    checkpoint = SafetensorsCheckpoint(find_model(config))
     architecture = find_architecture(checkpoint.config)
     context = architecture.shape(checkpoint.config).context
     dtype = device.choose_dtype("float32" if config.reference else config.dtype, checkpoint.dtype)
@@ -141,7 +138,14 @@ def estimate(config: EngineConfig, device: Device) -> ModelEstimate:
     layout = architecture.cache_layout(checkpoint.config, cache_dtype, config.block_size)
     plan = plan_weights(checkpoint, WeightPlan.parse(config.weights, config.head_weights))
     counter = WeightCounter(checkpoint, plan, DTYPES[dtype])
-    architecture(checkpoint.config, counter, make_ops(device, dtype, isa=TORCH))
+    ops = make_ops(
+        device,
+        dtype,
+        batch_invariant=config.reference,
+        threads=config.num_threads,
+        isa=config.isa,
+    )
+    architecture(checkpoint.config, counter, ops)
     weight_bytes = counter.num_bytes
     free = device.free_memory()
     room = config.kv_cache_memory_bytes
@@ -166,6 +170,7 @@ def estimate(config: EngineConfig, device: Device) -> ModelEstimate:
         head_format=plan.head.name if plan.head else dtype,
         stored_dtype=checkpoint.dtype,
         dtype=dtype,
+        isa=ops.isa,
         weight_bytes=weight_bytes,
         kv_token_bytes=int(layout.token_bytes),
         context=context,
@@ -195,7 +200,7 @@ def _model_rows(model: ModelEstimate) -> list[tuple[str, Any]]:
     return [
         ("architecture", model.architecture),
         ("parameters", show(model.num_parameters)),
-        ("stored as, computed in", f"{model.stored_dtype}, {model.dtype}"),
+        ("stored as, computed in", f"{model.stored_dtype}, {model.dtype} on {model.isa}"),
         ("weights, output head", f"{model.weight_format}, {model.head_format}"),
         ("bytes of weights", show_bytes(model.weight_bytes)),
         ("KV cache per token", show_bytes(model.kv_token_bytes)),

@@ -12,7 +12,7 @@ from headrace.ops.linear import Linear, LinearOps, RMSNorm
 from headrace.ops.packed_weight import BF16, PackedWeight, num_panels, part_shapes, store_rows
 
 if TYPE_CHECKING:
-    from headrace.ops._native import Context
+    from headrace.ops import _native
 
 
 class NativeLinearOps(LinearOps):
@@ -21,7 +21,7 @@ class NativeLinearOps(LinearOps):
     Norm and quantization come before the product, bias, gate and residual after it, in one call.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: _native.Context) -> None:
         self._context = context
 
     def dense(
@@ -49,7 +49,7 @@ class NativeLinear(Linear):
 
     __slots__ = ("_columns", "_context", "_handle", "_offsets", "_rows", "num_bytes", "weight")
 
-    def __init__(self, context: Context, weight: PackedWeight, bias: Tensor | None) -> None:
+    def __init__(self, context: _native.Context, weight: PackedWeight, bias: Tensor | None) -> None:
         module = extension()
         assert module is not None
         offsets = None if bias is None else store_rows(bias.float(), weight.gated)
@@ -81,9 +81,10 @@ class NativeLinear(Linear):
         residual: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
+        rows, width = x.shape[0], self._rows
+        self._check(x, norm, residual)
         if x.stride(1) != 1:
             x = x.contiguous()
-        rows, width = x.shape[0], self._rows
         wide = out_dtype == torch.float32
         out = torch.empty((rows, width), dtype=torch.float32 if wide else torch.bfloat16)
         self._context.linear(
@@ -101,13 +102,34 @@ class NativeLinear(Linear):
         )
         return out
 
+    def _check(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None) -> None:
+        """Memory is read by address: what does not fit is refused here."""
+        half = torch.bfloat16
+        if x.dtype != half or x.shape[1] != self._columns:
+            raise ValueError(
+                f"native linear: x is {x.dtype} {tuple(x.shape)}, and must be bfloat16 "
+                f"[tokens, {self._columns}]"
+            )
+        if norm is not None and (norm.weight.dtype != half or len(norm.weight) != self._columns):
+            raise ValueError(f"native linear: the norm must be bfloat16 [{self._columns}]")
+        if residual is None:
+            return
+        fits = residual.dtype == half and residual.shape == (len(x), self._rows)
+        if not fits or residual.stride(1) != 1:
+            raise ValueError(
+                f"native linear: the residual is {residual.dtype} {tuple(residual.shape)}, and "
+                f"must be bfloat16 {(len(x), self._rows)} with contiguous rows"
+            )
+
     def rows(self, ids: Tensor) -> Tensor:
+        if ids.dtype != torch.int64 or not ids.is_contiguous():
+            raise ValueError("native linear: ids must be contiguous int64")
         out = torch.empty((len(ids), self._columns), dtype=torch.bfloat16)
         self._context.rows_of(self._handle, ids.data_ptr(), len(ids), out.data_ptr())
         return out
 
 
-def native_rms_norm(context: Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def native_rms_norm(context: _native.Context, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``reference.rms_norm``; bfloat16."""
     lines = x.reshape(-1, x.shape[-1])
     out = torch.empty(lines.shape, dtype=torch.bfloat16)

@@ -14,7 +14,7 @@ from headrace.ops.extension import open_context
 from headrace.ops.packed_weight import WeightFormat
 
 if TYPE_CHECKING:
-    from headrace.ops._native import Context
+    from headrace.ops import _native
 
 ScaleSearch = Callable[[Tensor, WeightFormat], tuple[Tensor, Tensor, Tensor]]
 """Groups of weights and a format to values, scales and zero points, as ``search_scales``."""
@@ -77,7 +77,7 @@ def search_scales(groups: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor,
 
 
 def native_search_scales(
-    context: Context, groups: Tensor, format: WeightFormat
+    context: _native.Context, groups: Tensor, format: WeightFormat
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``search_scales`` on the native kernels; sums go in another order."""
     groups = groups.float().contiguous()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from headrace.ops._native import Context
+    from headrace.ops import _native
 
 LowestKept = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Scores, measures and what is wanted to thresholds, as ``lowest_kept``."""
@@ -40,7 +40,7 @@ def lowest_kept(scores: Tensor, measures: Tensor, wanted: Tensor) -> Tensor:
 
 
 def native_lowest_kept(
-    context: Context, scores: Tensor, measures: Tensor, wanted: Tensor
+    context: _native.Context, scores: Tensor, measures: Tensor, wanted: Tensor
 ) -> Tensor:
     """``lowest_kept`` on the native kernels, a row on each thread; all fp32 but ``wanted``."""
     scores, measures = scores.contiguous(), measures.float().contiguous()

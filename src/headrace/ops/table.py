@@ -24,7 +24,7 @@ from headrace.ops.reference import ReferenceAttention
 from headrace.ops.selection import LowestKept, lowest_kept, native_lowest_kept
 
 if TYPE_CHECKING:
-    from headrace.ops._native import Context
+    from headrace.ops import _native
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def make_ops(
     )
 
 
-def native_ops(context: Context) -> Ops:
+def native_ops(context: _native.Context) -> Ops:
     """The native version of every operation, on one context."""
     return Ops(
         device="cpu",

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Sequence
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from headrace.ops.linear import Linear
 from headrace.ops.packed_weight import WeightFormat, part_shapes
+from headrace.weights.absent_linear import AbsentLinear
 from headrace.weights.formats import WeightPlan
-
-
-class CountedLinear(Linear):
-    """Stands in a model for a weight that was only counted."""
-
-    num_bytes = 0
-
-    def __call__(self, x: Tensor, **around: object) -> NoReturn:
-        raise RuntimeError("the weight was counted and not loaded")
-
-    def rows(self, ids: Tensor) -> NoReturn:
-        raise RuntimeError("the weight was counted and not loaded")
 
 
 class WeightCounter:
@@ -58,7 +46,7 @@ class WeightCounter:
     def embedding(self, name: str, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
         """A table, which beside formats is kept in bf16."""
         self._count(rows * columns, self._dtype if self._plan.body is None else torch.bfloat16)
-        return CountedLinear().rows
+        return AbsentLinear().rows
 
     def head(self, name: str, rows: int, columns: int) -> Linear:
         """The output head."""
@@ -81,8 +69,8 @@ class WeightCounter:
     def _weight(self, rows: int, columns: int, format: WeightFormat | None, gated: bool) -> Linear:
         if format is None:
             self._count(rows * columns, self._dtype)
-            return CountedLinear()
+            return AbsentLinear()
         self.num_parameters += rows * columns
         parts = part_shapes(format, rows, columns, gated).values()
         self.num_bytes += sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
-        return CountedLinear()
+        return AbsentLinear()

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from headrace.errors import CheckpointError, ConfigurationError
-from headrace.ops.linear import Linear, RMSNorm
+from headrace.ops.linear import Linear
 from headrace.ops.packed_weight import WeightFormat
+from headrace.weights.absent_linear import AbsentLinear
 from headrace.weights.formats import WeightPlan
 from headrace.weights.hub import COMPANION_FILES
 from headrace.weights.quantizers import Quantizer, pack_weight
@@ -52,25 +52,6 @@ class PackedModel:
     def num_bytes(self) -> int:
         """Of all parts."""
         return self.layer_bytes + self.head_bytes + self.embedding_bytes + self.vector_bytes
-
-
-class WrittenLinear(Linear):
-    """Stands in a model for a weight that went into a file."""
-
-    num_bytes = 0
-
-    def __call__(
-        self,
-        x: Tensor,
-        *,
-        norm: RMSNorm | None = None,
-        residual: Tensor | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        raise RuntimeError("the weight was written to a file and is not in memory")
-
-    def rows(self, ids: Tensor) -> Tensor:
-        raise RuntimeError("the weight was written to a file and is not in memory")
 
 
 class CheckpointPacker:
@@ -110,7 +91,7 @@ class CheckpointPacker:
         """A table ``[rows, columns]``, written in bf16."""
         stored = self._reader.read(f"{name}.weight", (rows, columns))
         self._write("embedding", f"{name}.weight", stored.bfloat16())
-        return WrittenLinear().rows
+        return AbsentLinear().rows
 
     def head(self, name: str, rows: int, columns: int) -> Linear:
         """The output head, written in its format."""
@@ -136,7 +117,7 @@ class CheckpointPacker:
             self._write(part, f"{stack.name}.{kind}", tensor)
         if bias is not None:
             self._write("vector", f"{stack.name}.bias", bias)
-        return WrittenLinear()
+        return AbsentLinear()
 
     def _write(self, part: str, name: str, tensor: Tensor) -> Tensor:
         self._writer.add(name, tensor)
