@@ -2,9 +2,12 @@
 
     python benchmarks/against_peers.py --peers headrace llama_cpp --workloads decode --rounds 5
 
-Every measurement is a fresh process in the program's own environment, which is made on the first
-run (that takes a while and a few GB), one resident at a time, the programs of a workload in turn.
-All get the same token ids, new ones in every process. The machine's limits are measured between.
+Every process is a fresh one in the program's own environment, which is made on the first run (that
+takes a while and a few GB), one resident at a time, the programs in turn. All get the same token
+ids, new ones in every process. The machine's limits are measured before each round.
+
+Samples are kept under the benchmarks' cache as soon as they are there, and a run goes on where the
+last one stopped; ``--fresh`` forgets them.
 """
 
 from __future__ import annotations
@@ -16,17 +19,19 @@ import signal
 import subprocess
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from harness import Result, in_fresh_process, progress
+from harness import CACHE, Result, in_fresh_process, progress
 from peers.environments import drivers, ensure_environment, variables_of
-from peers.limits import Limits, attainable, measure_limits
-from peers.models import ensure_form, read_config, weight_bytes
-from peers.programs import BACKENDS, COMPARISONS, PROGRAMS, Program
-from peers.workloads import WORKLOADS, Job, Workload
+from peers.limits import Limits, measure_limits
+from peers.models import ensure_form
+from peers.programs import BACKENDS, COMPARISONS, PROGRAMS, SITTINGS, Program
+from peers.record import Record, Sample
+from peers.tables import COLUMNS, failure_rows, settings_rows, tabulate, title_of
+from peers.workloads import Job
 
 from headrace.cli.output import report
 from headrace.ops.host import usable_cores
@@ -37,46 +42,21 @@ STAT = Path("/proc/stat")
 BUSY = 0.1
 """Of the processor's time, from which on a measurement is doubtful."""
 QUICK = (("headrace", "transformers"), ("decode", "prefill-512", "batch"))
-
-Sample = dict[str, Any]
-"""What a driver reports."""
-COLUMNS = [
-    "",
-    "median",
-    "lowest",
-    "highest",
-    "best headrace / it",
-    "same width / it",
-    "% of limit",
-    "peak RSS, GiB",
-]
+OTHER_SHAPE = ("qwen2.5-0.5b", ("decode", "prefill-512", "batch"))
+"""On which Headrace alone is measured, to see that shares of the limits do not hang on a shape."""
 
 
 class ProgramError(Exception):
     """A program did not give a figure."""
 
 
-@dataclass
-class Comparison:
-    """What one workload gave.
-
-    Args:
-        samples: program -> what its processes reported.
-        failures: program -> why it gave nothing.
-        limits: measured before each round.
-    """
-
-    workload: Workload
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    limits: list[Limits] = field(default_factory=list)
-
-
-def run_program(program: Program, workload: str, shape: str, threads: int, seed: int) -> Sample:
-    """One measurement in a fresh process. Raises ProgramError."""
+def run_program(
+    program: Program, workloads: list[str], shape: str, threads: int, seed: int
+) -> dict[str, Sample]:
+    """What one fresh process reports of each workload. Raises ProgramError."""
     python = ensure_environment(program.driver)
     job = Job(
-        workload=workload,
+        workloads=workloads,
         model=str(ensure_form(shape, program.form)),
         threads=threads,
         seed=seed,
@@ -101,10 +81,11 @@ def run_program(program: Program, workload: str, shape: str, threads: int, seed:
             process.communicate()
             raise ProgramError(f"took more than {TIME_LIMIT:.0f} s") from None
         if process.returncode == 0 and output.strip():
-            sample: Sample = json.loads(output.splitlines()[-1])
-            return sample
+            samples: dict[str, Sample] = json.loads(output.splitlines()[-1])
+            return samples
         errors.seek(0)
-        lines = errors.read().strip().splitlines()[-3:]
+        text = errors.read().replace(str(Path.home()), "~")
+        lines = text.strip().splitlines()[-3:]
         raise ProgramError(f"exit status {process.returncode}: {' | '.join(lines)}")
 
 
@@ -126,7 +107,7 @@ def choose_backend(isa: str, shape: str, threads: int) -> str:
     for backend in BACKENDS[isa]:
         probe = Program("llama_cpp", "gguf-q4_0", {"backend": backend})
         try:
-            run_program(probe, "start", shape, threads, seed=0)
+            run_program(probe, ["start"], shape, threads, seed=0)
         except ProgramError as error:
             progress(f"llama.cpp does not run with {backend}: {error}")
         else:
@@ -134,10 +115,12 @@ def choose_backend(isa: str, shape: str, threads: int) -> str:
     raise ProgramError(f"no back end of llama.cpp for {isa} runs here")
 
 
-def prepare(names: list[str], shape: str, threads: int) -> tuple[dict[str, Program], Comparison]:
-    """The programs with their environments and model files made, and those that have none."""
+def prepare(
+    names: list[str], shape: str, threads: int
+) -> tuple[dict[str, Program], dict[str, str]]:
+    """The programs with their environments and model files made, and why others have none."""
     ready: dict[str, Program] = {}
-    missing = Comparison(WORKLOADS["start"])
+    missing: dict[str, str] = {}
     backends: dict[str, str] = {}
     for name in names:
         program = PROGRAMS[name]
@@ -149,153 +132,138 @@ def prepare(names: list[str], shape: str, threads: int) -> tuple[dict[str, Progr
                     backends[program.isa] = choose_backend(program.isa, shape, threads)
                 program = program.with_settings(backend=backends[program.isa])
         except ProgramError as error:
-            missing.failures[name] = str(error)
+            missing[name] = str(error)
         except subprocess.CalledProcessError as error:
             progress(f"{name}: {error}")
-            missing.failures[name] = f"could not be made ready: exit status {error.returncode}"
+            missing[name] = f"could not be made ready: exit status {error.returncode}"
         else:
             ready[name] = program
     return ready, missing
 
 
-def compare(
-    name: str, programs: dict[str, Program], shape: str, threads: int, rounds: int
-) -> Comparison:
-    """Run the programs of one comparison in turn, ``rounds`` times."""
-    workload, members = COMPARISONS[name]
-    result = Comparison(WORKLOADS[workload])
-    chosen = [member for member in members if member in programs]
-    for number in range(rounds):
-        result.limits.append(in_fresh_process(measure_limits, threads))
-        # Every program comes first once in a while: what ran before may leave the machine warm.
-        turn = number % max(1, len(chosen))
-        for member in chosen[turn:] + chosen[:turn]:
-            if member in result.failures:
-                continue
-            progress(f"{name}, round {number + 1} of {rounds}: {member}")
-            busy = busy_share()
-            if busy > BUSY:
-                progress(f"other processes take {busy:.0%} of the processor: expect no good figure")
-            try:
-                sample = run_program(programs[member], workload, shape, threads, number)
-            except ProgramError as error:
-                progress(f"{member}: {error}")
-                result.failures[member] = str(error)
-            else:
-                result.samples.setdefault(member, []).append({**sample, "busy_before": busy})
-    return result
+class Comparer:
+    """Runs programs in turn and keeps what they report."""
+
+    def __init__(
+        self, programs: dict[str, Program], record: Record, shape: str, threads: int
+    ) -> None:
+        self._programs = programs
+        self._record = record
+        self._shape = shape
+        self._threads = threads
+        self._failed: set[tuple[str, str]] = set()
+
+    def run(self, sitting: list[str], rounds: int) -> None:
+        """Measure what is missing of these comparisons, ``rounds`` times."""
+        members = [
+            name
+            for name in self._programs
+            if any(name in COMPARISONS[comparison][1] for comparison in sitting)
+        ]
+        for number in range(rounds):
+            # Every program comes first once in a while: what ran before may leave the machine warm.
+            turn = number % max(1, len(members))
+            for name in members[turn:] + members[:turn]:
+                missing = [part for part in sitting if self._is_missing(part, name, number)]
+                if missing:
+                    self._measure_limits(missing, number)
+                    progress(f"{', '.join(missing)}, round {number + 1} of {rounds}: {name}")
+                    self._measure(missing, name, number)
+
+    def _is_missing(self, comparison: str, name: str, number: int) -> bool:
+        wanted = name in COMPARISONS[comparison][1] and (comparison, name) not in self._failed
+        return wanted and not self._record.has(comparison, name, number)
+
+    def _measure_limits(self, comparisons: list[str], number: int) -> None:
+        new = [part for part in comparisons if not self._record.has_limits(part, number)]
+        if new:
+            limits = in_fresh_process(measure_limits, self._threads)
+            for comparison in new:
+                self._record.add_limits(comparison, number, limits)
+
+    def _measure(self, comparisons: list[str], name: str, number: int) -> None:
+        busy = busy_share()
+        if busy > BUSY:
+            progress(f"other processes take {busy:.0%} of the processor: expect no good figure")
+        workloads = {COMPARISONS[comparison][0]: comparison for comparison in comparisons}
+        try:
+            samples = run_program(
+                self._programs[name], list(workloads), self._shape, self._threads, number
+            )
+        except ProgramError as error:
+            progress(f"{name}: {error}")
+            for comparison in comparisons:
+                self._record.add_failure(comparison, name, number, str(error))
+                self._failed.add((comparison, name))
+        else:
+            for workload, sample in samples.items():
+                sample["busy_before"] = busy
+                self._record.add_sample(workloads[workload], name, number, sample)
 
 
-def tabulate(
-    comparison: Comparison, programs: dict[str, Program], config: dict[str, Any], shape: str
-) -> list[list[Any]]:
-    """Rows of ``COLUMNS``, in the order of the programs."""
-    workload, samples = comparison.workload, comparison.samples
-    limits = Limits.median(comparison.limits)
-    medians = {name: median(s["value"] for s in samples[name]) for name in samples}
-    smaller_wins = workload.figure == "start"
+def run(
+    names: Collection[str],
+    peers: Collection[str],
+    shape: str,
+    rounds: int,
+    path: Path | None,
+) -> dict[str, Any]:
+    """Make what is missing, measure, and put the tables together.
 
-    def ratio(names: list[str], other: str) -> float | str:
-        """How many times better the best of ``names`` is."""
-        values = [medians[name] for name in names]
-        if not values:
-            return ""
-        best = min(values) if smaller_wins else max(values)
-        better, worse = (medians[other], best) if smaller_wins else (best, medians[other])
-        return round(float(better / worse), 2)
-
-    ours = [name for name in medians if programs[name].driver == "headrace"]
-    rows = []
-    for name in [name for name in programs if name in samples]:
-        program, last = programs[name], samples[name][-1]
-        form = ensure_form(shape, program.form)
-        values = [sample["value"] for sample in samples[name]]
-        weights = last.get("weight_bytes") or weight_bytes(form)
-        plain_kv = 2 * config["num_hidden_layers"] * config["num_key_value_heads"]
-        kv = last.get("kv_token_bytes") or plain_kv * config["head_dim"] * program.kv_item_bytes
-        limit = attainable(workload, config, limits, program.bits, weights, kv)
-        same = [other for other in ours if programs[other].bits == program.bits]
-        rows.append(
-            [
-                name,
-                medians[name],
-                min(values),
-                max(values),
-                ratio(ours, name),
-                ratio(same, name),
-                round(100 * medians[name] / limit, 1) if limit else "",
-                round(max(sample["peak_rss"] for sample in samples[name]) / 2**30, 2),
-            ]
-        )
-    return rows
-
-
-def settings_rows(comparisons: dict[str, Comparison]) -> list[list[str]]:
-    """How each program ran; what differs between workloads is that of the last."""
-    settings = {
-        name: samples[-1]["settings"]
-        for comparison in comparisons.values()
-        for name, samples in comparison.samples.items()
-    }
-    return [
-        [name, ", ".join(f"{key}={value}" for key, value in values.items())]
-        for name, values in settings.items()
-    ]
-
-
-def failure_rows(comparisons: dict[str, Comparison]) -> list[list[str]]:
-    """What gave no figure, and why."""
-    return [
-        [title, name, reason]
-        for title, comparison in comparisons.items()
-        for name, reason in comparison.failures.items()
-    ]
-
-
-def run(names: list[str], peers: list[str], shape: str, rounds: int) -> dict[str, Any]:
-    """Make what is missing, measure, and put the tables together."""
+    Args:
+        path: of the record to go on from.
+    """
     threads = min(2, usable_cores())
     wanted = [
         name
         for name, program in PROGRAMS.items()
         if program.driver in peers and any(name in COMPARISONS[title][1] for title in names)
     ]
+    record = Record(path)
     programs, missing = prepare(wanted, shape, threads)
-    comparisons = {name: compare(name, programs, shape, threads, rounds) for name in names}
-    config = read_config(shape)
-    measured = [limits for part in comparisons.values() for limits in part.limits]
+    comparer = Comparer(programs, record, shape, threads)
+    for sitting in SITTINGS:
+        comparer.run([name for name in sitting if name in names], rounds)
+    chosen = [name for name in COMPARISONS if name in names and record.samples(name)]
+    measured = [limits for name in chosen for limits in record.limits(name)]
     return {
         "shape": shape,
         "threads": threads,
         "rounds": rounds,
         "limits": asdict(Limits.median(measured)),
-        "tables": {
-            name: tabulate(comparison, programs, config, shape)
-            for name, comparison in comparisons.items()
-        },
-        "settings": settings_rows(comparisons),
-        "failures": failure_rows({"prepare": missing, **comparisons}),
-        "samples": {name: comparison.samples for name, comparison in comparisons.items()},
+        "tables": {name: tabulate(name, record, shape) for name in chosen},
+        "settings": settings_rows(chosen, record),
+        "failures": [["", *pair] for pair in missing.items()] + failure_rows(chosen, record),
+        "samples": {name: record.samples(name) for name in chosen},
     }
+
+
+def record_path(shape: str) -> Path:
+    """Where the samples of a shape are kept."""
+    return CACHE / f"against-peers-{shape}.jsonl"
 
 
 def measure(rounds: int, quick: bool) -> Result:
     """Every comparison in one table; the settings and the single figures are its details."""
-    peers, names = (list(part) for part in QUICK) if quick else (list(DRIVERS), list(COMPARISONS))
-    result = run(names, peers, "tiny" if quick else "llama-3.2-1b", rounds)
-    rows = [
+    if quick:
+        peers, names = QUICK
+        result = run(names, peers, "tiny", rounds, None)
+        return Result(describe(result), COLUMNS, named_rows(result), result)
+    shape = "llama-3.2-1b"
+    result = run(list(COMPARISONS), DRIVERS, shape, rounds, record_path(shape))
+    shape, names = OTHER_SHAPE
+    other = run(names, ["headrace"], shape, rounds, record_path(shape))
+    rows = named_rows(result) + [[f"{shape}, {row[0]}", *row[1:]] for row in named_rows(other)]
+    return Result(describe(result), COLUMNS, rows, {**result, "other": other})
+
+
+def named_rows(result: dict[str, Any]) -> list[list[Any]]:
+    """The rows of all tables, each beginning with its table's name."""
+    return [
         [f"{title_of(name)}: {row[0]}", *row[1:]]
         for name, table in result["tables"].items()
         for row in table
     ]
-    return Result(describe(result), COLUMNS, rows, result)
-
-
-def title_of(name: str) -> str:
-    """A comparison in words."""
-    workload, _ = COMPARISONS[name]
-    forced = name.removeprefix(workload).lstrip("-")
-    return WORKLOADS[workload].title + (f", all forced to {forced}" if forced else "")
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -319,9 +287,13 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     parser.add_argument("--shape", default="llama-3.2-1b", help="of make_checkpoint.py")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: 5)")
+    parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--json", action="store_true", help="print one JSON object, not tables")
     arguments = parser.parse_args()
-    result = run(arguments.workloads, arguments.peers, arguments.shape, arguments.rounds)
+    path = record_path(arguments.shape)
+    if arguments.fresh:
+        path.unlink(missing_ok=True)
+    result = run(arguments.workloads, arguments.peers, arguments.shape, arguments.rounds, path)
     tables = [(title_of(name), COLUMNS, rows) for name, rows in result["tables"].items()]
     tables.append(("settings", ["program", "how it ran"], result["settings"]))
     if result["failures"]:

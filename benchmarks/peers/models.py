@@ -24,7 +24,7 @@ OPENVINO_OPTIONS = {
     "int8": ["--weight-format", "int8"],
     "int4": ["--weight-format", "int4", "--group-size", "64", "--ratio", "1.0"],
 }
-HEADRACE_FORMAT = "w4a8-g64"
+HEADRACE_FORMAT = "w4a8"
 
 
 def ensure_form(shape: str, form: str) -> Path:

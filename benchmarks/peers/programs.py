@@ -89,7 +89,12 @@ PROGRAMS = {
 _UNFORCED = tuple(
     name for name, program in PROGRAMS.items() if program.isa == "auto" and "KV" not in name
 )
-# Reading a long prompt takes the slow ones minutes; there the best of each peer stand for it.
+# The slow ones take minutes where there is much to read; there the best of each peer stand for it.
+_BATCH = tuple(name for name in _UNFORCED if name not in ("transformers bf16", "llama.cpp bf16"))
+_READING = (
+    *("headrace bf16", "headrace w8a8", "headrace w4a8"),
+    *("vLLM bf16", "vLLM int8", "OpenVINO int8", "llama.cpp q8_0", "llama.cpp q4_0"),
+)
 _LONG = (
     "headrace w4a8",
     "headrace w4a8, int8 KV",
@@ -108,8 +113,8 @@ def _forced(isa: str) -> tuple[str, ...]:
 COMPARISONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "decode": ("decode", _UNFORCED),
     "prefill-512": ("prefill-512", _UNFORCED),
-    "prefill-4096": ("prefill-4096", _UNFORCED),
-    "batch": ("batch", _UNFORCED),
+    "batch": ("batch", _BATCH),
+    "prefill-4096": ("prefill-4096", _READING),
     "decode-8192": ("decode-8192", _LONG),
     "start": ("start", _UNFORCED),
     **{
@@ -119,3 +124,12 @@ COMPARISONS: dict[str, tuple[str, tuple[str, ...]]] = {
     },
 }
 """Name -> workload and programs."""
+
+SITTINGS = (
+    ("decode", "prefill-512", "batch"),
+    ("prefill-4096", "decode-8192"),
+    ("start",),
+    ("decode-avx2", "prefill-512-avx2"),
+    ("decode-avx512_vnni", "prefill-512-avx512_vnni"),
+)
+"""Comparisons that one process of each program measures, one after the other."""

@@ -14,7 +14,7 @@ def load(job: Job) -> Loaded:
 
     options = {
         "num_threads": job.threads,
-        "max_model_len": job.shape.context,
+        "max_model_len": job.context,
         **job.settings,
     }
     llm = LLM(job.model, **options)
@@ -32,10 +32,13 @@ def load(job: Job) -> Loaded:
         return Times(last - (metrics.finished_time - metrics.first_token_time), last)
 
     info = llm.model_info
-    facts = {"weight_bytes": info.weight_bytes, "kv_token_bytes": info.kv_token_bytes}
-    arena = info.num_pages * info.block_size * info.kv_token_bytes
-    settings = {**options, "dtype": info.dtype, "kv_arena_bytes": arena}
-    return Loaded(generate, {**settings, "version": headrace.__version__}, facts)
+    facts = {
+        "weight_bytes": info.weight_bytes,
+        "kv_token_bytes": info.kv_token_bytes,
+        "kv_bytes": info.num_pages * info.block_size * info.kv_token_bytes,
+    }
+    settings = {**options, "dtype": info.dtype, "version": headrace.__version__}
+    return Loaded(generate, settings, facts)
 
 
 if __name__ == "__main__":

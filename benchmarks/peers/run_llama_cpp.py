@@ -13,8 +13,8 @@ from peers.workloads import Job, Loaded, Times, drive
 def load(job: Job) -> Loaded:
     """Load a GGUF file."""
     load_backend(job.settings["backend"])
-    shape, kv_type = job.shape, job.settings.get("kv_type", "f16")
-    model = Model(job.model, job.threads, shape.rows, shape.context, kv_type)
+    kv_type = job.settings.get("kv_type", "f16")
+    model = Model(job.model, job.threads, job.rows, job.context, kv_type)
 
     def greedy(logits: Array) -> int:
         return int(np.argmax(logits))

@@ -27,7 +27,7 @@ def load(job: Job) -> Loaded:
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = CACHE_GIBIBYTES
     scheduler.max_num_batched_tokens = job.settings.get("max_num_batched_tokens", CHUNK)
-    scheduler.max_num_seqs = job.shape.rows
+    scheduler.max_num_seqs = job.rows
     scheduler.enable_prefix_caching = False
     properties = {
         "INFERENCE_NUM_THREADS": job.threads,

@@ -18,12 +18,12 @@ LEAST_CHUNK, LARGEST_CHUNK = 512, 4096
 def load(job: Job) -> Loaded:
     """Start the engine, which runs in a process of its own."""
     vllm: Any = importlib.import_module("vllm")
-    shape = job.shape
+    largest = max(shape.rows * shape.prompt for shape in job.shapes)
     options = {
         "dtype": "bfloat16",
-        "max_model_len": shape.context,
-        "max_num_seqs": shape.rows,
-        "max_num_batched_tokens": min(LARGEST_CHUNK, max(LEAST_CHUNK, shape.rows * shape.prompt)),
+        "max_model_len": job.context,
+        "max_num_seqs": job.rows,
+        "max_num_batched_tokens": min(LARGEST_CHUNK, max(LEAST_CHUNK, largest)),
         "enable_prefix_caching": False,
         **job.settings,
     }
@@ -51,7 +51,7 @@ def load(job: Job) -> Loaded:
         "platform": platform,
         "version": vllm.__version__,
     }
-    return Loaded(generate, settings, {"peak_rss": _largest_child()})
+    return Loaded(generate, settings, peak_memory_elsewhere=_largest_child)
 
 
 def _largest_child() -> int:

@@ -35,11 +35,6 @@ class Workload:
     output: int
     repeats: int = 1
 
-    @property
-    def context(self) -> int:
-        """Tokens that one sequence may grow to, with a little room."""
-        return self.prompt + self.output + 64
-
 
 WORKLOADS = {
     "decode": Workload("decode, batch 1, tok/s", "decode", 1, 128, 65),
@@ -69,12 +64,13 @@ class Job:
     """What a driver is asked for, as JSON in its first argument.
 
     Args:
+        workloads: measured one after the other in this process.
         seed: no two processes of a run share one, so that no cache knows the tokens.
         started: when the process was started, by ``time.time()``.
         settings: the driver's own.
     """
 
-    workload: str
+    workloads: list[str]
     model: str
     threads: int
     seed: int
@@ -82,9 +78,19 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def shape(self) -> Workload:
-        """The workload's sizes."""
-        return WORKLOADS[self.workload]
+    def shapes(self) -> list[Workload]:
+        """The workloads' sizes."""
+        return [WORKLOADS[name] for name in self.workloads]
+
+    @property
+    def rows(self) -> int:
+        """Requests at once."""
+        return max(shape.rows for shape in self.shapes)
+
+    @property
+    def context(self) -> int:
+        """Tokens that one sequence may grow to, with a little room."""
+        return max(shape.prompt + shape.output for shape in self.shapes) + 64
 
 
 @dataclass
@@ -94,11 +100,13 @@ class Loaded:
     Args:
         settings: how it runs, to be printed.
         facts: further figures for the report.
+        peak_memory_elsewhere: most bytes that one of the program's other processes has had.
     """
 
     generate: Generate
     settings: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
+    peak_memory_elsewhere: Callable[[], int] = lambda: 0
 
 
 def random_tokens(rows: int, length: int, seed: int) -> list[list[int]]:
@@ -119,15 +127,17 @@ def drive(load: Callable[[Job], Loaded]) -> None:
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)
         loaded = load(job)
-        value = _measure(job, loaded.generate)
-        report = {"value": value, "settings": loaded.settings, **loaded.facts}
-        report["peak_rss"] = max(peak_memory(), report.get("peak_rss", 0))
+        report = {}
+        for name, shape in zip(job.workloads, job.shapes, strict=True):
+            value = _measure(job, shape, loaded.generate)
+            memory = max(peak_memory(), loaded.peak_memory_elsewhere())
+            facts = {"settings": loaded.settings, **loaded.facts}
+            report[name] = {"value": value, "peak_rss": memory, **facts}
         print(json.dumps(report), file=answer)
 
 
-def _measure(job: Job, generate: Generate) -> float:
-    """The figure of the job's workload."""
-    shape = job.shape
+def _measure(job: Job, shape: Workload, generate: Generate) -> float:
+    """The figure of a workload."""
 
     def run(rows: int, prompt: int, output: int, key: int) -> Times:
         return generate(random_tokens(rows, prompt, job.seed * 1000 + key), output)
