@@ -1,6 +1,6 @@
 """Headrace against the other engines for processors, each at its best documented settings.
 
-    python benchmarks/against_peers.py --peers headrace llama_cpp --workloads decode --rounds 5
+    python benchmarks/against_peers.py --programs "headrace w4a8" "llama.cpp q4_K_M" --rounds 5
 
 Every process is a fresh one in the program's own environment, which is made on the first run (that
 takes a while and a few GB), one resident at a time, the programs in turn. All get the same token
@@ -41,7 +41,7 @@ TIME_LIMIT = 1800.0
 STAT = Path("/proc/stat")
 BUSY = 0.1
 """Of the processor's time, from which on a measurement is doubtful."""
-QUICK = (("headrace", "transformers"), ("decode", "prefill-512", "batch"))
+QUICK = (("headrace bf16", "transformers bf16"), ("decode", "prefill-512", "batch"))
 OTHER_SHAPE = ("qwen2.5-0.5b", ("decode", "prefill-512", "batch"))
 """On which Headrace alone is measured, to see that shares of the limits do not hang on a shape."""
 
@@ -203,7 +203,7 @@ class Comparer:
 
 def run(
     names: Collection[str],
-    peers: Collection[str],
+    members: Collection[str],
     shape: str,
     rounds: int,
     path: Path | None,
@@ -211,13 +211,15 @@ def run(
     """Make what is missing, measure, and put the tables together.
 
     Args:
+        names: of comparisons.
+        members: programs that may take part.
         path: of the record to go on from.
     """
     threads = min(2, usable_cores())
     wanted = [
         name
-        for name, program in PROGRAMS.items()
-        if program.driver in peers and any(name in COMPARISONS[title][1] for title in names)
+        for name in PROGRAMS
+        if name in members and any(name in COMPARISONS[title][1] for title in names)
     ]
     record = Record(path)
     programs, missing = prepare(wanted, shape, threads)
@@ -246,13 +248,14 @@ def record_path(shape: str) -> Path:
 def measure(rounds: int, quick: bool) -> Result:
     """Every comparison in one table; the settings and the single figures are its details."""
     if quick:
-        peers, names = QUICK
-        result = run(names, peers, "tiny", rounds, None)
+        members, names = QUICK
+        result = run(names, members, "tiny", rounds, None)
         return Result(describe(result), COLUMNS, named_rows(result), result)
     shape = "llama-3.2-1b"
-    result = run(list(COMPARISONS), DRIVERS, shape, rounds, record_path(shape))
+    result = run(COMPARISONS, PROGRAMS, shape, rounds, record_path(shape))
     shape, names = OTHER_SHAPE
-    other = run(names, ["headrace"], shape, rounds, record_path(shape))
+    ours = [name for name, program in PROGRAMS.items() if program.driver == "headrace"]
+    other = run(names, ours, shape, rounds, record_path(shape))
     rows = named_rows(result) + [[f"{shape}, {row[0]}", *row[1:]] for row in named_rows(other)]
     return Result(describe(result), COLUMNS, rows, {**result, "other": other})
 
@@ -277,13 +280,10 @@ def describe(result: dict[str, Any]) -> str:
     )
 
 
-DRIVERS = tuple(dict.fromkeys(program.driver for program in PROGRAMS.values()))
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peers", nargs="+", choices=DRIVERS, default=list(DRIVERS))
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
     parser.add_argument("--workloads", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     parser.add_argument("--shape", default="llama-3.2-1b", help="of make_checkpoint.py")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: 5)")
@@ -293,7 +293,7 @@ def main() -> None:
     path = record_path(arguments.shape)
     if arguments.fresh:
         path.unlink(missing_ok=True)
-    result = run(arguments.workloads, arguments.peers, arguments.shape, arguments.rounds, path)
+    result = run(arguments.workloads, arguments.programs, arguments.shape, arguments.rounds, path)
     tables = [(title_of(name), COLUMNS, rows) for name, rows in result["tables"].items()]
     tables.append(("settings", ["program", "how it ran"], result["settings"]))
     if result["failures"]:
