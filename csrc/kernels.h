@@ -34,13 +34,16 @@ struct LinearWeight {
   }
 };
 
+// Columns of activations that share a scale where weights have groups, of which it is a multiple.
+constexpr int64_t kActivationGroup = 256;
+
 // Activations as a kernel takes them, padded with zeros.
 struct Prepared {
   int64_t rows;
   int64_t stride;    // elements from row to row, at least the weight's padded columns
   uint16_t* halves;  // bf16 [rows, stride], or null
   int8_t* bytes;     // int8 [rows, stride], or null
-  float* scales;     // [rows, groups]
+  float* scales;     // [rows, groups], the same ones within kActivationGroup columns
   int32_t* offsets;  // [rows, groups]: minus the sum of the int8 values, times the zero point of
                      // symmetric formats
 };

@@ -1,7 +1,7 @@
 // Products of a block of rows with a few panels, for AVX-512 with VNNI; with BF16 if it is there.
 // The block's results stay in registers while the columns pass.
 
-constexpr int kMaxBf16Rows = 12, kMaxByteRows = 12, kMaxNibbleRows = 8;
+constexpr int kMaxBf16Rows = 12, kMaxByteRows = 8, kMaxNibbleRows = 8;
 constexpr int kWidePanels = 2;    // for many rows
 constexpr int kNarrowPanels = 4;  // for up to kNarrowRows rows: more streams from memory
 constexpr int kNarrowRows = 4;
@@ -89,13 +89,21 @@ static void integer_block(const IntegerBlock& in) {
   const float* x_scales = in.x->scales + in.row * groups;
   const int32_t* offsets = in.x->offsets + in.row * groups;
   const __m512i low = _mm512_set1_epi8(15);
+  // Sums over the groups of weights that share a scale of activations: in registers where these
+  // last. Those over all columns are in c.
   constexpr bool in_registers = Rows * Panels <= 8;
-  __m512 total[in_registers ? Rows : 1][Panels];
-  if constexpr (in_registers)
+  const int64_t shared = Nibbles ? kActivationGroup / group : 1;
+  __m512 part[Rows][Panels];
+  alignas(64) float parts[Rows][Panels * kLanes];
 #pragma GCC unroll 16
-    for (int m = 0; m < Rows; ++m)
+  for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
-      for (int p = 0; p < Panels; ++p) total[m][p] = _mm512_setzero_ps();
+    for (int p = 0; p < Panels; ++p) {
+      if constexpr (in_registers)
+        part[m][p] = _mm512_setzero_ps();
+      else
+        _mm512_store_ps(parts[m] + p * kLanes, _mm512_setzero_ps());
+    }
 
   for (int64_t g = 0; g < groups; ++g) {
     __m512i sum[Rows][Panels];
@@ -149,22 +157,29 @@ static void integer_block(const IntegerBlock& in) {
       const __m512 scale = panel_scales<Nibbles>(weight, in.panel + p, g);
 #pragma GCC unroll 16
       for (int m = 0; m < Rows; ++m) {
-        const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[m * groups + g]));
         const __m512 value = _mm512_cvtepi32_ps(sum[m][p]);
-        float* c = in.c + m * in.c_stride + p * kLanes;
+        float* kept = parts[m] + p * kLanes;
         if constexpr (in_registers)
-          total[m][p] = _mm512_fmadd_ps(value, factor, total[m][p]);
-        else if (g == 0)
-          _mm512_storeu_ps(c, _mm512_mul_ps(value, factor));
+          part[m][p] = _mm512_fmadd_ps(value, scale, part[m][p]);
         else
-          _mm512_storeu_ps(c, _mm512_fmadd_ps(value, factor, _mm512_loadu_ps(c)));
+          _mm512_store_ps(kept, _mm512_fmadd_ps(value, scale, _mm512_load_ps(kept)));
+      }
+    }
+    if ((g + 1) % shared != 0 && g + 1 != groups) continue;
+#pragma GCC unroll 16
+    for (int m = 0; m < Rows; ++m) {
+      const __m512 x_scale = _mm512_set1_ps(x_scales[m * groups + g]);
+#pragma GCC unroll 4
+      for (int p = 0; p < Panels; ++p) {
+        float *kept = parts[m] + p * kLanes, *c = in.c + m * in.c_stride + p * kLanes;
+        const __m512 value = in_registers ? part[m][p] : _mm512_load_ps(kept);
+        const __m512 before = g < shared ? _mm512_setzero_ps() : _mm512_loadu_ps(c);
+        _mm512_storeu_ps(c, _mm512_fmadd_ps(value, x_scale, before));
+        if constexpr (in_registers)
+          part[m][p] = _mm512_setzero_ps();
+        else
+          _mm512_store_ps(kept, _mm512_setzero_ps());
       }
     }
   }
-  if constexpr (in_registers)
-#pragma GCC unroll 16
-    for (int m = 0; m < Rows; ++m)
-#pragma GCC unroll 4
-      for (int p = 0; p < Panels; ++p)
-        _mm512_storeu_ps(in.c + m * in.c_stride + p * kLanes, total[m][p]);
 }

@@ -57,6 +57,19 @@ INLINE void finish_row(const LinearCall& call, int64_t row, int64_t panel, const
     for (int lane = 0; lane < known; ++lane) out[lane] = halves[lane];
 }
 
+// Have the lines of the results, and of what is added to them, at hand when the product is done:
+// rows lie so far apart that no processor fetches the next one by itself.
+INLINE void fetch_results(const LinearCall& call, int64_t panel, int64_t row, int64_t rows) {
+  const int64_t column = panel * kPanel / (call.weight->gated ? 2 : 1);
+  const int64_t size = call.out_is_float ? 4 : 2;
+  const auto* out = static_cast<const std::byte*>(call.out) + (row * call.out_stride + column) * size;
+  const uint16_t* residual = call.residual + row * call.residual_stride + column;
+  for (int64_t m = 0; m < rows; ++m) {
+    __builtin_prefetch(out + m * call.out_stride * size, 1, 2);
+    if (call.residual != nullptr) __builtin_prefetch(residual + m * call.residual_stride, 0, 2);
+  }
+}
+
 #if HEADRACE_LEVEL >= 4
 // Rows [row, row + count) with tiles; c has room for 16 rows more than are known.
 static void multiply_with_tiles(const LinearCall& call, int64_t row, int64_t count, int64_t panel,
@@ -106,6 +119,7 @@ static void linear(const LinearCall& call, int64_t begin, int64_t end, std::byte
 #endif
     for (int64_t row = 0; row < call.rows; row += kRowsAtOnce) {
       const int64_t rows = least(kRowsAtOnce, call.rows - row);
+      if (rows > kNarrowRows) fetch_results(call, panel, row, rows);
 #if HEADRACE_LEVEL >= 4
       if (with_tiles)
         multiply_with_tiles(call, row, rows, panel, panels, bytes, c, c_stride);

@@ -25,36 +25,45 @@ static void rms_norm(const uint16_t* x, int64_t stride, int64_t rows, int64_t wi
     norm_row(x + row * stride, width, weight, epsilon, out + row * width);
 }
 
-// Symmetric int8 of one group of a row; columns from `known` on are zero. A NaN or an infinity
-// makes the scale a NaN, so that it reaches the result.
-INLINE void quantize_group(const uint16_t* x, int64_t known, int64_t group, int8_t* out,
-                           float* scale, int32_t* sum) {
+struct Step {
+  float value;  // what one level of int8 stands for
+  bool finite;
+};
+
+// The scale of some columns of a row. A NaN or an infinity makes it a NaN, so that it reaches the
+// result.
+INLINE Step find_step(const uint16_t* x, int64_t columns) {
   uint16_t most[kLanes] = {};
   int64_t i = 0;
-  for (; i + kLanes <= known; i += kLanes)
+  for (; i + kLanes <= columns; i += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) {
       const uint16_t magnitude = x[i + lane] & 0x7fff;
       most[lane] = magnitude > most[lane] ? magnitude : most[lane];
     }
   uint16_t largest = 0;
-  for (; i < known; ++i) {
+  for (; i < columns; ++i) {
     const uint16_t magnitude = x[i] & 0x7fff;
     largest = magnitude > largest ? magnitude : largest;
   }
   for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
-  const bool finite = largest < 0x7f80;
-  const float step = largest == 0 ? 1.0f : from_bf16(largest) / 127.0f;
-  const float divisor = finite ? step : 1.0f;
+  if (largest >= 0x7f80) return {__builtin_nanf(""), false};
+  return {largest == 0 ? 1.0f : from_bf16(largest) / 127.0f, true};
+}
+
+// Symmetric int8 of one group of a row, and its sum; columns from `known` on are zero.
+INLINE int32_t quantize_group(const uint16_t* x, int64_t known, int64_t group, Step step,
+                              int8_t* out) {
+  const float divisor = step.finite ? step.value : 1.0f;
   int32_t total = 0;
-  for (i = 0; i < known; ++i) {
-    const float value = finite ? nearest(from_bf16(x[i]) / divisor) : 0.0f;
+  int64_t i = 0;
+  for (; i < known; ++i) {
+    const float value = step.finite ? nearest(from_bf16(x[i]) / divisor) : 0.0f;
     const int32_t whole = static_cast<int32_t>(value);
     out[i] = static_cast<int8_t>(whole);
     total += whole;
   }
   for (; i < group; ++i) out[i] = 0;
-  *scale = finite ? step : __builtin_nanf("");
-  *sum = total;
+  return total;
 }
 
 static void prepare(const LinearCall& call, int64_t begin, int64_t end) {
@@ -73,12 +82,15 @@ static void prepare(const LinearCall& call, int64_t begin, int64_t end) {
       continue;
     }
     const uint16_t* source = call.norm != nullptr ? halves : x;
+    const int64_t shared = weight.format == Format::w4a8 ? kActivationGroup : weight.group;
+    Step step{};
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * weight.group;
-      const int64_t known = columns > first ? least(weight.group, columns - first) : 0;
-      int32_t sum;
-      quantize_group(source + first, known, weight.group, to.bytes + row * to.stride + first,
-                     to.scales + row * groups + g, &sum);
+      const int64_t left = columns > first ? columns - first : 0;
+      if (first % shared == 0) step = find_step(source + first, least(shared, left));
+      const int32_t sum = quantize_group(source + first, least(weight.group, left), weight.group,
+                                         step, to.bytes + row * to.stride + first);
+      to.scales[row * groups + g] = step.value;
       to.offsets[row * groups + g] = weight.zeros != nullptr ? -sum : -sum * symmetric_zero(weight);
     }
   }

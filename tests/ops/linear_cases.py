@@ -20,7 +20,7 @@ from headrace.ops.packed_weight import (
     pack_dense,
 )
 
-SIZES = ((1, 1), (2, 33), (16, 32), (40, 129), (100, 320), (258, 200))
+SIZES = ((1, 1), (2, 33), (16, 32), (40, 129), (100, 320), (258, 200), (48, 600))
 """Rows and columns; both even and odd numbers of panels, groups cut off, columns padded."""
 
 TOKENS = (1, 2, 3, 17, 64, 200)

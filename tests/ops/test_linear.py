@@ -53,7 +53,7 @@ def by_definition(x: Tensor, weight: QuantizedWeight, format: WeightFormat) -> T
     """Integer products of each group, then the scales; fp64 ``[T, N]``."""
     columns = x.shape[1]
     size = format.group or columns
-    values, scales = quantize_activations(x, format.group)
+    values, scales = quantize_activations(x, format.activation_group)
     product = torch.zeros(len(x), len(weight.values), dtype=torch.float64)
     for group, start in enumerate(range(0, columns, size)):
         q = values[:, start : start + size].long()
@@ -62,7 +62,8 @@ def by_definition(x: Tensor, weight: QuantizedWeight, format: WeightFormat) -> T
         if weight.zeros is not None:
             zero = weight.zeros[:, group].long()
         sums = q @ u.T - q.sum(1, keepdim=True) * zero
-        product += sums * torch.outer(scales[:, group].double(), weight.scales[:, group].double())
+        x_scales = scales[:, start // (format.activation_group or columns)]
+        product += sums * torch.outer(x_scales.double(), weight.scales[:, group].double())
     return product
 
 
@@ -70,8 +71,9 @@ def by_definition(x: Tensor, weight: QuantizedWeight, format: WeightFormat) -> T
 @pytest.mark.parametrize("tokens", [1, 9, 200])
 def test_the_reference_is_the_definition(format: WeightFormat, tokens: int) -> None:
     torch.manual_seed(tokens)
-    x, bias = torch.randn(tokens, 200), torch.randn(70)
-    weight = random_quantized(70, 200, format)
+    x, bias = torch.randn(tokens, 600), torch.randn(70)
+    x[:, 300:] *= 10  # scales differ
+    weight = random_quantized(70, 600, format)
     expected = by_definition(x, weight, format) + bias
     found = ReferenceLinear(torch.float32).packed(pack(weight, format), bias)(x)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)

@@ -156,7 +156,7 @@ class ReferenceLinear(LinearOps):
 
     def multiply_quantized(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """``sum over groups of x's scale * weight's scale * sum of q_x * (u - zero)``, in fp32."""
-        size = weight.format.group or weight.columns
+        size = weight.format.activation_group or weight.columns
         values, scales = quantize_activations(x, size)
         rounded = values.float() * scales.repeat_interleave(size, 1)[:, : weight.columns]
         parts = [
