@@ -4,6 +4,7 @@ import bisect
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,18 @@ def fill_in_the_middle(
         parts += [[special.prefix], piece[:first], [special.suffix], piece[second:]]
         parts += [[special.middle], piece[first:second], [special.end_of_text]]
     return np.concatenate(parts).astype(np.uint16)
+
+
+class Batches(Protocol):
+    """What a run is trained on: a pure function of the step."""
+
+    steps: int
+
+    def batch(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return inputs and targets, int64 ``(rows, length)``; IndexError past the end."""
+
+    def digest(self) -> str:
+        """Return the SHA-256, in hexadecimal, of everything that determines the batches."""
 
 
 class TrainingData:

@@ -99,7 +99,13 @@ def prepare_data(
     )
 
 
-def finish(trainer: Trainer, files: list[SourceFile], tokenizer: Tokenizer, output: Path) -> None:
+def finish(
+    trainer: Trainer,
+    data: TrainingData,
+    files: list[SourceFile],
+    tokenizer: Tokenizer,
+    output: Path,
+) -> None:
     """Export the model as it stands, evaluate what was written and write the card."""
     export_model(trainer.model, tokenizer, output)
     root = library_root()
@@ -107,7 +113,6 @@ def finish(trainer: Trainer, files: list[SourceFile], tokenizer: Tokenizer, outp
     context_length = model.config.max_position_embeddings
     evaluation = evaluate(model, tokenizer, held_out_texts(files, root), context_length)
     print_table(evaluation, Console())
-    data = trainer.data
     run = Run(
         phases=PHASES,
         steps=trainer.step,
@@ -143,13 +148,13 @@ def main(arguments: list[str] | None = None) -> int:
     if is_first_export and not trainer.is_finished:
         export_model(trainer.model, tokenizer, options.output)
     if options.export_only:
-        finish(trainer, files, tokenizer, options.output)
+        finish(trainer, data, files, tokenizer, options.output)
         return 0
     trainer.run()
     if not trainer.is_finished:
         print(f"stopped after step {trainer.step}; the same command goes on from there")
         return 130
-    finish(trainer, files, tokenizer, options.output)
+    finish(trainer, data, files, tokenizer, options.output)
     return 0
 
 

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+IGNORED = -1
+"""The target of a position at which nothing is to be learnt."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -177,9 +180,15 @@ class LanguageModel(nn.Module):
         return functional.linear(self.model(tokens), self.model.embed_tokens.weight)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy, in nats, of int64 ``(batch, length)`` targets."""
-        hidden = self.model(tokens).flatten(0, 1)
-        return chunked_cross_entropy(hidden, self.model.embed_tokens.weight, targets.flatten())
+        """Return the mean cross-entropy, in nats, of int64 ``(batch, length)`` targets.
+
+        Targets of ``IGNORED`` do not count; at least one must not be.
+        """
+        hidden, targets = self.model(tokens).flatten(0, 1), targets.flatten()
+        counted = targets != IGNORED
+        if not bool(counted.all()):
+            hidden, targets = hidden[counted], targets[counted]
+        return chunked_cross_entropy(hidden, self.model.embed_tokens.weight, targets)
 
     def parameter_count(self) -> int:
         """Return the number of parameters, the tied embedding counted once."""
@@ -234,21 +243,24 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Te
     return loss
 
 
-def initialize(model: LanguageModel, seed: int) -> None:
+def initialize(model: LanguageModel, seed: int, embedding_deviation: float = 0.02) -> None:
     """Fill the weights in place from one seed; the same seed gives the same weights anywhere.
 
     Every projection keeps the variance of its input, and the two that write into the residual
     stream are divided by the square root of their number, so depth leaves the scale as it is.
-    The tied embedding starts small, so the first logits are near uniform.
+    The tied embedding starts small, so the first logits are near uniform; where it is to start
+    large, the final norm takes its scale away again.
     """
+    width = model.config.hidden_size
+    final_norm = min(1.0, 1 / (embedding_deviation * math.sqrt(width)))
     generator = torch.Generator().manual_seed(seed)
     depth_scale = 1 / math.sqrt(2 * model.config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            nn.init.ones_(parameter)
+            nn.init.constant_(parameter, final_norm if name == "model.norm.weight" else 1.0)
             continue
         is_embedding = name.endswith("embed_tokens.weight")
-        deviation = 0.02 if is_embedding else 1 / math.sqrt(parameter.shape[1])
+        deviation = embedding_deviation if is_embedding else 1 / math.sqrt(parameter.shape[1])
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             deviation *= depth_scale
         values = torch.randn(parameter.shape, generator=generator) * deviation

@@ -19,7 +19,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from zoo.data import TrainingData
+from zoo.data import Batches
 from zoo.model import LanguageModel, ModelConfig, initialize
 
 Optimizers = dict[str, torch.optim.Optimizer]
@@ -40,6 +40,7 @@ class TrainConfig:
     gradient_clip: float = 1.0
     warmup_steps: int = 60
     decay: tuple[tuple[float, float], ...] = ((0.0, 1.0), (1.0, 0.0))
+    embedding_deviation: float = 0.02
     seed: int = 0
     checkpoint_seconds: float = 180.0
     log_seconds: float = 30.0
@@ -147,15 +148,17 @@ class Trainer:
 
     ``directory`` receives ``checkpoint.pt`` and ``loss.jsonl``. The constructor takes up the
     checkpoint that it finds there and raises ValueError if that belongs to other settings.
+    ``start`` are the weights to begin with, random ones if there are none.
     """
 
     def __init__(
         self,
         model_config: ModelConfig,
         config: TrainConfig,
-        data: TrainingData,
+        data: Batches,
         directory: Path,
         device: torch.device,
+        start: dict[str, Tensor] | None = None,
     ) -> None:
         self.config, self.data, self.directory, self.device = config, data, directory, device
         self.identity = {
@@ -164,7 +167,9 @@ class Trainer:
             "data": data.digest(),
         }
         self.model = LanguageModel(model_config)
-        initialize(self.model, config.seed)
+        initialize(self.model, config.seed, config.embedding_deviation)
+        if start is not None:
+            self.model.load_state_dict(start)
         self.model.to(device)
         self.optimizers = build_optimizers(self.model, config)
         self.step = 0

@@ -32,6 +32,8 @@ class EngineConfig:
         block_size: slots of a KV page.
         kv_cache_dtype: "auto" (the dtype of computation) or "int8" (with a scale per token and
             head, half the bytes of bfloat16).
+        kv: what stays in the KV cache: "full", or a policy with its options
+            ("random-eviction:keep=0.25").
         kv_cache_memory_bytes: size of the KV arena; overrides ``memory_utilization``.
         memory_utilization: share of the memory that is free after loading the weights.
         enable_prefix_caching: keep and share the pages of equal prefixes.
@@ -57,6 +59,7 @@ class EngineConfig:
     max_num_waiting: int = 1024
     block_size: int = 16
     kv_cache_dtype: str = "auto"
+    kv: str = "full"
     kv_cache_memory_bytes: int | None = None
     memory_utilization: float = 0.5
     enable_prefix_caching: bool = True
@@ -80,7 +83,7 @@ class EngineConfig:
             self._check(name, ok, "must be an integer of at least 1")
         for name in ("reference", "enable_prefix_caching"):
             self._check(name, isinstance(getattr(self, name), bool), "must be true or false")
-        for name in ("device", "weights", "head_weights", "scheduling_policy", "isa"):
+        for name in ("device", "weights", "head_weights", "scheduling_policy", "isa", "kv"):
             self._check(name, isinstance(getattr(self, name), str), "must be a name")
         self._check("seed", self.seed is None or isinstance(self.seed, int), "must be an integer")
         share = self.memory_utilization

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from headrace.config import EngineConfig
 from headrace.contracts.outputs import RequestOutput, SequenceUpdate
@@ -27,9 +27,20 @@ from headrace.loading import LoadProgress, load_engine, make_config
 from headrace.request_output import OutputBuilder
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""A text, token ids, or ``{"prompt": text}`` / ``{"prompt_token_ids": ids}``."""
+"""A text, token ids, ``{"prompt": text}``, ``{"prompt_token_ids": ids}``, or
+``{"segments": [...]}``: texts or lists of ids, each of which is in the KV cache, and has met the KV
+policy, before anything of the next one is seen.
+"""
 
 Messages = Sequence[Mapping[str, Any]]
+
+
+class _Input(NamedTuple):
+    """A prompt that could run: its text (if there is one), tokens, and ends of its segments."""
+
+    text: str | None
+    token_ids: list[int]
+    boundaries: tuple[int, ...] = ()
 
 
 class _Face:
@@ -62,27 +73,34 @@ class _Face:
 
     def check(self, prompt: Prompt, sampling_params: SamplingParams) -> list[int]:
         """Token ids of a prompt that could run. Raises InvalidRequestError otherwise."""
-        return self._prepare(prompt, sampling_params)[1]
+        return self._prepare(prompt, sampling_params).token_ids
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Raises InvalidRequestError if it is no prompt."""
+        return self._tokenize(prompt).token_ids
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine's gauges and counters."""
         return self.engine.stats()
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
-        """Text (if there is one) and token ids of a request that could run."""
+    def _prepare(self, prompt: Prompt, params: SamplingParams) -> _Input:
+        """Tokens of a request that could run."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("sampling_params", f"must be SamplingParams, got {params!r}")
-        text, token_ids = self._tokenize(prompt)
-        self.engine.check_request(token_ids, params)
-        return text, token_ids
+        prepared = self._tokenize(prompt)
+        self.engine.check_request(prepared.token_ids, params)
+        return prepared
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _tokenize(self, prompt: Prompt) -> _Input:
         if isinstance(prompt, Mapping):
-            if len(prompt) != 1 or not {"prompt", "prompt_token_ids"} & prompt.keys():
+            known = {"prompt", "prompt_token_ids", "segments"}
+            if len(prompt) != 1 or not known & prompt.keys():
                 raise InvalidRequestError(
-                    "prompt", "a dictionary holds either 'prompt' or 'prompt_token_ids'"
+                    "prompt", "a dictionary holds 'prompt', 'prompt_token_ids' or 'segments'"
                 )
             [key] = prompt
+            if key == "segments":
+                return self._join(prompt[key])
             text_expected = key == "prompt"
             prompt = prompt[key]
             if isinstance(prompt, str) != text_expected:
@@ -94,15 +112,30 @@ class _Face:
                 raise InvalidRequestError(
                     "prompt", f"{len(prompt)} characters cannot fit a context of {context} tokens"
                 )
-            return prompt, self.tokenizer.encode(prompt)
+            return _Input(prompt, self.tokenizer.encode(prompt))
         if not _is_list(prompt) or not all(_is_token_id(t) for t in prompt):
             raise InvalidRequestError("prompt", "must be text or a list of token ids")
-        return None, [int(token) for token in prompt]
+        return _Input(None, [int(token) for token in prompt])
+
+    def _join(self, segments: Any) -> _Input:
+        """One prompt of several, each tokenized for itself."""
+        if not _is_list(segments) or any(isinstance(part, Mapping) for part in segments):
+            raise InvalidRequestError("segments", "must be a list of texts or lists of token ids")
+        parts = [self._tokenize(part) for part in segments]
+        texts = [part.text for part in parts if part.text is not None]
+        ends = itertools.accumulate(len(part.token_ids) for part in parts)
+        return _Input(
+            "".join(texts) if len(texts) == len(parts) else None,
+            [token for part in parts for token in part.token_ids],
+            tuple(ends)[:-1],
+        )
 
     def _new_builder(
-        self, request_id: str, text: str | None, token_ids: list[int], params: SamplingParams
+        self, request_id: str, prompt: _Input, params: SamplingParams
     ) -> OutputBuilder:
-        return OutputBuilder(request_id, text, token_ids, params, self.tokenizer.token_text)
+        return OutputBuilder(
+            request_id, prompt.text, prompt.token_ids, params, self.tokenizer.token_text
+        )
 
 
 class LLM(_Face):
@@ -138,7 +171,7 @@ class LLM(_Face):
         params = self._params_for(len(listed), sampling_params)
         jobs = []
         for prompt, each in zip(listed, params, strict=True):
-            jobs.append((*self._prepare(prompt, each), each))
+            jobs.append((self._prepare(prompt, each), each))
         return self._run(jobs, use_tqdm, priority)
 
     def chat(
@@ -179,7 +212,7 @@ class LLM(_Face):
 
     def _run(
         self,
-        jobs: list[tuple[str | None, list[int], SamplingParams]],
+        jobs: list[tuple[_Input, SamplingParams]],
         use_tqdm: bool | None,
         priority: int,
     ) -> list[RequestOutput]:
@@ -191,10 +224,16 @@ class LLM(_Face):
         try:
             while pending or self.engine.has_unfinished_requests:
                 while pending and not self.engine.queue_is_full:
-                    text, token_ids, params = pending.popleft()
+                    prompt, params = pending.popleft()
                     request_id = str(next(self._numbers))
-                    builders[request_id] = self._new_builder(request_id, text, token_ids, params)
-                    self.engine.add_request(request_id, token_ids, params, priority=priority)
+                    builders[request_id] = self._new_builder(request_id, prompt, params)
+                    self.engine.add_request(
+                        request_id,
+                        prompt.token_ids,
+                        params,
+                        priority=priority,
+                        boundaries=prompt.boundaries,
+                    )
                 for update in self.engine.step():
                     if update.request_id not in builders:
                         continue  # the end of a call that was interrupted
@@ -272,18 +311,18 @@ class AsyncLLM(_Face):
             EngineClosedError: the engine is draining or closed.
         """
         params = self.default_sampling_params() if sampling_params is None else sampling_params
-        text, token_ids = self._prepare(prompt, params)
+        prepared = self._prepare(prompt, params)
         engine_id = str(next(self._numbers))
         if request_id is None:
             request_id = f"request-{engine_id}"
-        builder = self._new_builder(request_id, text, token_ids, params)
+        builder = self._new_builder(request_id, prepared, params)
         output, stream = builder.output, _Stream()
         if self._engine_ids.setdefault(request_id, engine_id) != engine_id:
             raise InvalidRequestError("request_id", f"{request_id!r} is already running")
         self._streams[engine_id] = stream
         try:
             self._check_open()
-            self._inbox.put(lambda: self._add(engine_id, token_ids, params, priority, profile))
+            self._inbox.put(lambda: self._add(engine_id, prepared, params, priority, profile))
             while not output.finished:
                 received = [await stream.updates.get()]
                 while not stream.updates.empty():
@@ -357,14 +396,19 @@ class AsyncLLM(_Face):
     def _add(
         self,
         engine_id: str,
-        token_ids: list[int],
+        prompt: _Input,
         params: SamplingParams,
         priority: int,
         profile: Profile,
     ) -> None:
         try:
             self.engine.add_request(
-                engine_id, token_ids, params, priority=priority, profile=profile
+                engine_id,
+                prompt.token_ids,
+                params,
+                priority=priority,
+                profile=profile,
+                boundaries=prompt.boundaries,
             )
         except Exception as error:
             if stream := self._streams.get(engine_id):

@@ -18,6 +18,7 @@ from headrace.exec.runner import LocalRunner
 from headrace.exec.sampling.sampler import Sampler
 from headrace.json_file import read_json
 from headrace.kv.arena import KVArena
+from headrace.kv.policies import make_kv_policy
 from headrace.models.base import find_architecture
 from headrace.ops.device import Device, resolve_device
 from headrace.ops.scale_search import make_scale_search
@@ -99,6 +100,7 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     """
     device = resolve_device(config.device)
     plan = WeightPlan.parse(config.weights, config.head_weights)
+    kv_policy = make_kv_policy(config.kv)
     directory = find_model(config)
     checkpoint = SafetensorsCheckpoint(directory)
     architecture = find_architecture(checkpoint.config)
@@ -142,6 +144,7 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         runner=runner,
         clock=MonotonicClock(),
         text=tokenizer.stream,
+        kv_policy=kv_policy,
     )
     info = ModelInfo(
         name=config.model or EMBEDDED_NAME,

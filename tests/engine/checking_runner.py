@@ -7,6 +7,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from headrace.contracts.kv_policy import KVPolicy, SealedPages
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.profile import Profile
 from headrace.contracts.step import (
@@ -107,6 +108,8 @@ class Seen:
     late_forks: int = 0
     """Completions that lost the shared prompt before they went on: no row was free, say."""
     resumed: int = 0
+    dropped: int = 0
+    """Pages that a policy had freed, counted in every step."""
     failed: set[str] = field(default_factory=set)
 
 
@@ -120,9 +123,13 @@ class CheckingRunner(Runner):
         inner: moves the clock.
         engine: whose scheduler says what the sequences are.
         vocab: tokens are below it.
+        policy: decides which sealed pages stay, the same ones whatever chunks a text came in.
     """
 
-    def __init__(self, inner: Runner, engine: Engine, vocab: int) -> None:
+    def __init__(
+        self, inner: Runner, engine: Engine, vocab: int, policy: KVPolicy | None = None
+    ) -> None:
+        self._policy = policy
         self.seen = Seen()
         self.fault: Fault | None = None
         self.failed_requests: set[str] = set()
@@ -200,7 +207,7 @@ class CheckingRunner(Runner):
         known = histories(sequence.request.profile, sequence.token_ids)
         for offset, (token, position) in enumerate(zip(row.input_ids, row.positions, strict=True)):
             column, place = divmod(row.slot + offset, self._size)
-            content = POISON if failing else Slot(token, position, known[row.slot + offset])
+            content = POISON if failing else Slot(token, position, known[sequence.num_fed + offset])
             for group in self._groups:
                 page = int(tables[group, row.table_row, column])
                 require((page, place) not in written, "two inputs go to one slot", row, page)
@@ -211,7 +218,9 @@ class CheckingRunner(Runner):
         """Read the context back, compare it with what it has to be, and go on from there."""
         end = row.slot + len(row.input_ids)
         known = histories(sequence.request.profile, sequence.token_ids)
-        expected = [Slot(sequence.token_ids[i], i, known[i]) for i in range(end)]
+        new = range(sequence.num_fed, sequence.num_fed + len(row.input_ids))
+        held = [*self._held(sequence), *new]
+        expected = [Slot(sequence.token_ids[i], i, known[i]) for i in held]
         for group in self._groups:
             count = -(-end // self._size)
             pages = tables[group, row.table_row, :count].tolist()
@@ -225,6 +234,18 @@ class CheckingRunner(Runner):
             for offset, token in enumerate(row.score_ids)
         ]
         return RowResult(tokens, [None] * len(tokens), scores)
+
+    def _held(self, sequence: Sequence) -> list[int]:
+        """The tokens whose slots the sequence has before the step, in order."""
+        sealed, size = sequence.num_sealed, self._size
+        kept = list(range(sealed))
+        if self._policy is not None:
+            [dropped] = self._policy.drop([SealedPages(kept, sealed)])
+            kept = [ordinal for ordinal in kept if ordinal not in dropped]
+            self.seen.dropped += len(dropped)
+        require(sequence.ordinals == kept, "other pages are left", sequence.ordinals, kept)
+        slots = [i for ordinal in kept for i in range(ordinal * size, (ordinal + 1) * size)]
+        return slots + list(range(sealed * size, sequence.num_fed))
 
     def _sample(self, history: History, state: SampleState) -> int:
         number = len(state.output_token_ids)
@@ -254,14 +275,20 @@ class CheckingRunner(Runner):
 
     def _check_row(self, row: PlanRow, sequence: Sequence) -> None:
         request, state, count = sequence.request, sequence.state, len(row.input_ids)
-        end = row.slot + count
+        start, end = sequence.num_fed, sequence.num_fed + count
+        require(row.slot == len(self._held(sequence)), "a wrong slot", row)
+        require(
+            not any(start < boundary < end for boundary in request.boundaries),
+            "a boundary is crossed",
+            row,
+        )
         require(sequence.status is Status.RUNNING, "a planned sequence does not run", row)
         require(count > 0, "an empty row", row)
         require(row.table_row == sequence.table_row, "a wrong table row", row)
         known = request.prompt_token_ids + state.output_token_ids
         require(sequence.token_ids == known, "tokens are lost", known, sequence.token_ids)
-        require(list(row.input_ids) == known[row.slot : end], "wrong inputs", row, known)
-        require(row.positions == range(row.slot, end), "wrong positions", row)
+        require(list(row.input_ids) == known[start:end], "wrong inputs", row, known)
+        require(row.positions == range(start, end), "wrong positions", row)
         samples = []
         if end == len(known) and request.max_tokens > 0:
             together = sequence.index == 0 and not state.output_token_ids
@@ -274,13 +301,13 @@ class CheckingRunner(Runner):
         else:
             prompt = request.prompt_token_ids
             missing = len(prompt) - request.num_unscored
-            wanted = prompt[row.slot + 1 : end + 1] if end >= missing else []
+            wanted = prompt[start + 1 : end + 1] if end >= missing else []
             require(list(row.score_ids) == wanted, "wrong scores", row)
         self._note_fed(row, sequence)
 
     def _note_fed(self, row: PlanRow, sequence: Sequence) -> None:
         """A token is fed twice only by a sequence that lost its pages in between."""
-        if row.sequence in self._fed and self._fed[row.sequence] != row.slot:
+        if row.sequence in self._fed and self._fed[row.sequence] != sequence.num_fed:
             self.seen.resumed += 1
             request = sequence.request
             resumed = self._resumed[request.request_id] = (
@@ -289,8 +316,8 @@ class CheckingRunner(Runner):
             lost = request.metrics.num_preemptions
             require(resumed <= lost, "tokens are fed again without need", row)
         elif row.sequence not in self._fed and sequence.index > 0:
-            self.seen.late_forks += row.slot < len(sequence.request.prompt_token_ids)
-        self._fed[row.sequence] = row.slot + len(row.input_ids)
+            self.seen.late_forks += sequence.num_fed < len(sequence.request.prompt_token_ids)
+        self._fed[row.sequence] = sequence.num_fed + len(row.input_ids)
 
     def _count(self, plan: StepPlan) -> None:
         seen, lengths = self.seen, [len(row.input_ids) for row in plan.rows]
@@ -300,7 +327,7 @@ class CheckingRunner(Runner):
         seen.copies += len(plan.copies)
         seen.blanks += len(plan.blank)
         seen.chunks += sum(
-            not row.samples and row.slot + length < len(self._known(row.sequence))
+            not row.samples and row.positions.start + length < len(self._known(row.sequence))
             for row, length in zip(plan.rows, lengths, strict=True)
         )
         seen.mixed += len(lengths) > 1 and min(lengths) == 1 < max(lengths)

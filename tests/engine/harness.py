@@ -12,6 +12,7 @@ from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.engine.sequence import Request
 from headrace.errors import OverloadedError
+from headrace.kv.policies import make_kv_policy
 from headrace.plan.simulation import simulated_engine
 from tests.engine.checking_runner import (
     CheckingRunner,
@@ -49,6 +50,7 @@ class Setup:
     rows: int = 4
     tokens: int = 8
     waiting: int = 6
+    kv: str = "full"
 
 
 @dataclass
@@ -94,6 +96,7 @@ class Harness:
             max_num_waiting=setup.waiting,
             seed=0,
         )
+        policy = make_kv_policy(setup.kv)
         self.engine, self.clock = simulated_engine(
             config,
             layout=make_layout(setup.groups, setup.block_size),
@@ -101,8 +104,9 @@ class Harness:
             context=setup.context,
             vocab_size=VOCAB,
             eos_token_ids=(EOS,),
+            kv_policy=policy,
         )
-        self.runner = CheckingRunner(self.engine.runner, self.engine, VOCAB)
+        self.runner = CheckingRunner(self.engine.runner, self.engine, VOCAB, policy)
         self.engine.runner = self.runner
         self.records: dict[str, Record] = {}
         self.refused = self.aborted = self.failed = 0
@@ -127,6 +131,7 @@ class Harness:
         *,
         priority: int = 0,
         profile: Profile = EXACT,
+        boundaries: tuple[int, ...] = (),
     ) -> Record | None:
         """Add a request; ``None`` when the queue is full. Prompt and output are cut to fit."""
         request_id = f"request-{len(self.records) + self.refused}"
@@ -135,7 +140,14 @@ class Harness:
         assert self.engine.queue_is_full == full
         limit = self.engine.check_request(prompt, params)
         try:
-            self.engine.add_request(request_id, prompt, params, priority=priority, profile=profile)
+            self.engine.add_request(
+                request_id,
+                prompt,
+                params,
+                priority=priority,
+                profile=profile,
+                boundaries=boundaries,
+            )
         except OverloadedError:
             assert full
             self.refused += 1

@@ -25,6 +25,8 @@ SETUPS = (
     Setup(block_size=1, pages=22, rows=4, tokens=7),
     Setup(block_size=8, pages=6, rows=6, tokens=16),
     Setup(pages=16, rows=2, tokens=6),
+    Setup(pages=9, rows=4, tokens=6, kv="random-eviction:keep=0.5"),
+    Setup(groups=2, pages=8, rows=5, tokens=9, kv="random-eviction:keep=0.2"),
 )
 ACTIONS = 1500
 
@@ -43,6 +45,7 @@ SITUATIONS = (
     "refused",
     "aborted",
     "failed",
+    "dropped",
 )
 """Each must happen often. "mixed" steps feed chunks and single tokens together; "resumed" sequences
 feed tokens again after a preemption; "late_forks" had lost the shared prompt by then.
@@ -125,6 +128,7 @@ class Walk:
             forks=seen.forks,
             late_forks=seen.late_forks,
             resumed=seen.resumed,
+            dropped=seen.dropped,
             **self.calls,
             **{f"fault_{kind}": 1 for kind in seen.failed},
         )

@@ -33,6 +33,7 @@ setups = st.builds(
     rows=st.integers(1, 5),
     tokens=st.integers(1, 12),
     waiting=st.integers(1, 6),
+    kv=st.sampled_from(("full", "random-eviction:keep=0.3", "random-eviction:keep=0.75")),
 )
 
 
@@ -59,6 +60,7 @@ class EngineMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         profile=st.sampled_from(PROFILES),
         seed=st.one_of(st.none(), st.integers(0, 3)),
+        ends=st.lists(st.integers(1, 24), max_size=2),
     )
     def add(
         self,
@@ -74,6 +76,7 @@ class EngineMachine(RuleBasedStateMachine):
         priority: int,
         profile: Profile,
         seed: int | None,
+        ends: list[int],
     ) -> None:
         context = self.harness.context
         prompt = (self.texts[text][: int(share * context)] + own)[: context - 1] or [1]
@@ -88,7 +91,8 @@ class EngineMachine(RuleBasedStateMachine):
             prompt_logprobs=0 if scored else None,
             seed=seed,
         )
-        self.harness.add(prompt, params, priority=priority, profile=profile)
+        boundaries = tuple(sorted({end for end in ends if end < len(prompt)}))
+        self.harness.add(prompt, params, priority=priority, profile=profile, boundaries=boundaries)
 
     @rule(count=st.sampled_from((1, 1, 1, 2, 5)))
     def step(self, count: int) -> None:

@@ -10,7 +10,9 @@ from typer.core import TyperGroup
 
 from headrace import __version__
 from headrace.cli.bench import bench
+from headrace.cli.compare import compare
 from headrace.cli.doctor import doctor
+from headrace.cli.evaluate import evaluate
 from headrace.cli.quantize import quantize
 from headrace.cli.run import run
 from headrace.cli.serve import serve
@@ -54,4 +56,6 @@ app.command()(run)
 app.command()(serve)
 app.add_typer(bench, name="bench")
 app.command()(quantize)
+app.command("eval")(evaluate)
+app.command()(compare)
 app.command()(doctor)

@@ -18,6 +18,7 @@ import typer
 
 from headrace.config import EngineConfig
 from headrace.contracts.sampling import SamplingParams
+from headrace.errors import ConfigurationError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -162,6 +163,29 @@ _ENGINE_FLAGS = {
 }
 ENGINE = option_set(EngineConfig, "Engine", flags=_ENGINE_FLAGS)
 ENGINE_OF_MODEL = option_set(EngineConfig, "Engine", flags=_ENGINE_FLAGS, argument="model")
+
+
+def read_engine_options(words: Sequence[str]) -> dict[str, Any]:
+    """MODEL and options of the engine, read as a command would.
+
+    Raises:
+        ConfigurationError: one of them is unknown or wrong.
+    """
+    found: dict[str, Any] = {}
+
+    @takes(engine=ENGINE_OF_MODEL)
+    def collect(engine: dict[str, Any]) -> None:
+        found.update(engine)
+
+    program = typer.Typer(add_completion=False)
+    program.command()(collect)
+    try:
+        typer.main.get_command(program).main(list(words), standalone_mode=False)
+    except typer.TyperException as error:
+        raise ConfigurationError(f"{' '.join(words)}: {error.format_message()}") from None
+    return found
+
+
 SAMPLING = option_set(
     SamplingParams,
     "Sampling",

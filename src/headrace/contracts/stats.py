@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot. The first five are gauges, the others only grow.
+    """A snapshot. The first six are gauges, the others only grow.
 
     Args:
         waiting, running: sequences in the queue, and sequences that hold pages.
         pages_used: pages that some sequence holds.
         pages_cached: pages that no sequence holds but the prefix tree keeps.
         pages_total: pages of the arena.
+        pages_peak: most pages that sequences have held in a step.
         prefix_query_tokens: prompt tokens looked up in the prefix tree.
         prefix_hit_tokens: of these, the ones whose pages were found.
         preemptions: sequences that lost their pages to others.
@@ -27,6 +28,7 @@ class EngineStats:
     pages_used: int = 0
     pages_cached: int = 0
     pages_total: int = 0
+    pages_peak: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from headrace.contracts.cache import CacheLayout
+from headrace.contracts.kv_policy import KVPolicy, SealedPages
 from headrace.contracts.step import PageTables, StepPlan
 from headrace.engine.page_pool import PagePool
 from headrace.engine.prefix_tree import PrefixTree, SealedRun
@@ -22,6 +23,9 @@ class CacheAccounting:
         num_rows: sequences that can hold pages at once (rows of the tables).
         max_slots: slots of one sequence at most.
         share_prefixes: keep sealed runs in the prefix tree.
+        policy: decides which sealed runs a sequence keeps; all if ``None``. What was computed
+            without a part of its past is never shared.
+        chunk: inputs of one step at most, which may be sealed before the policy is asked.
     """
 
     def __init__(
@@ -31,11 +35,15 @@ class CacheAccounting:
         num_rows: int,
         max_slots: int,
         share_prefixes: bool,
+        policy: KVPolicy | None = None,
+        chunk: int = 0,
     ) -> None:
         self.layout = layout
         self.pool = PagePool(num_pages)
         self.tree = PrefixTree(layout.block_size)
-        self._share = share_prefixes
+        self._share = share_prefixes and policy is None
+        self._policy = policy
+        self._chunk_pages = layout.pages_for(chunk)
         self._groups = range(len(layout.groups))
         shape = (len(layout.groups), num_rows, layout.pages_for(max_slots))
         self.tables: PageTables = np.zeros(shape, dtype=np.int32)
@@ -70,6 +78,8 @@ class CacheAccounting:
     def pages_to_admit(self, sequence: Sequence, runs: list[SealedRun]) -> int:
         """Pages that must be available to adopt ``runs`` and hold all known tokens."""
         known = self.layout.pages_for(len(sequence.token_ids))
+        if self._policy is not None:
+            known = min(known, self._policy.most_pages(known) + self._chunk_pages + 1)
         idle = sum(run.users == 0 for run in runs)
         return (known - len(runs) + idle) * len(self._groups)
 
@@ -86,6 +96,8 @@ class CacheAccounting:
         self.tree.hold(run)
         self.tables[:, sequence.table_row, len(sequence.runs)] = run.pages
         sequence.runs.append(run)
+        sequence.ordinals.append(sequence.num_sealed)
+        sequence.num_sealed += 1
 
     def reserve(self, sequence: Sequence, count: int, plan: StepPlan) -> int:
         """Make up to ``count`` slots after the sequence's last writable; return how many.
@@ -141,8 +153,9 @@ class CacheAccounting:
         are free.
         """
         size = self.layout.block_size
-        while (start := len(sequence.runs) * size) + size <= sequence.num_slots:
+        while (len(sequence.runs) + 1) * size <= sequence.num_slots:
             pages = tuple(tail.pop(0) for tail in sequence.tail)
+            start = sequence.num_sealed * size
             key = tuple(sequence.token_ids[start : start + size])
             if self._share:
                 parent = (
@@ -156,6 +169,32 @@ class CacheAccounting:
                 for page in pages:
                     self.pool.release(page)
 
+    def shrink(self, sequences: list[Sequence]) -> None:
+        """Let the policy free sealed pages of sequences that have sealed some."""
+        if self._policy is None:
+            return
+        views = [SealedPages(s.ordinals, s.num_sealed) for s in sequences]
+        for sequence, dropped in zip(sequences, self._policy.drop(views), strict=True):
+            if dropped:
+                self._drop(sequence, set(dropped))
+
+    def _drop(self, sequence: Sequence, ordinals: set[int]) -> None:
+        """Free the runs with these ordinals; what follows moves up in the tables."""
+        kept = []
+        for ordinal, run in zip(sequence.ordinals, sequence.runs, strict=True):
+            if ordinal not in ordinals:
+                kept.append((ordinal, run))
+                continue
+            sequence.num_slots -= self.layout.block_size
+            if self.tree.drop(run):
+                for page in run.pages:
+                    self.pool.release(page)
+        sequence.ordinals = [ordinal for ordinal, _ in kept]
+        sequence.runs = [run for _, run in kept]
+        for group, tail in enumerate(sequence.tail):
+            pages = [run.pages[group] for run in sequence.runs] + tail
+            self.tables[group, sequence.table_row, : len(pages)] = pages
+
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let ``child`` share every page of ``parent``; writers copy the last one later."""
         child.table_row = self._free_rows.pop()
@@ -166,6 +205,8 @@ class CacheAccounting:
             for page in pages:
                 self.pool.retain(page)
         child.runs = list(parent.runs)
+        child.ordinals = list(parent.ordinals)
+        child.num_sealed = parent.num_sealed
         child.tail = [list(pages) for pages in parent.tail]
         child.num_fed = parent.num_fed
         child.num_slots = parent.num_slots
@@ -192,6 +233,8 @@ class CacheAccounting:
         rows: set[int] = set()
         for sequence in holders:
             rows.add(sequence.table_row)
+            if len(sequence.ordinals) != len(sequence.runs):
+                raise AssertionError(f"sequence {sequence.number}: its runs are not numbered")
             for run in sequence.runs:
                 users[run] = users.get(run, 0) + 1
             for group, pages in enumerate(sequence.tail):

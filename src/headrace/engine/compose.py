@@ -5,6 +5,7 @@ from __future__ import annotations
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheLayout
 from headrace.contracts.clock import Clock
+from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.scheduling import StepBudget
 from headrace.contracts.step import Runner
 from headrace.contracts.text import TextStreamFactory
@@ -51,6 +52,7 @@ def compose_engine(
     runner: Runner,
     clock: Clock,
     text: TextStreamFactory | None = None,
+    kv_policy: KVPolicy | None = None,
 ) -> Engine:
     """Wire policy, accounting, scheduler, runner and clock into an engine."""
     accounting = CacheAccounting(
@@ -59,6 +61,8 @@ def compose_engine(
         config.max_num_seqs,
         limits.max_model_len,
         config.enable_prefix_caching,
+        kv_policy,
+        max_num_batched_tokens,
     )
     scheduler = Scheduler(
         make_policy(config.scheduling_policy),

@@ -121,8 +121,13 @@ class Engine:
         *,
         priority: int = 0,
         profile: Profile = EXACT,
+        boundaries: tuple[int, ...] = (),
     ) -> None:
         """Queue a request; its updates come from later steps.
+
+        Args:
+            boundaries: counts of prompt tokens; what lies before one is fed, and sealed as far as
+                pages are full, before anything behind it.
 
         Raises:
             InvalidRequestError: see ``check_request``; or the id is in use.
@@ -138,7 +143,14 @@ class Engine:
                 f"{len(self.scheduler.waiting)} requests are waiting already; try again later"
             )
         request = Request(
-            request_id, prompt_token_ids, params, max_tokens, priority, profile, self.clock.now()
+            request_id,
+            prompt_token_ids,
+            params,
+            max_tokens,
+            priority,
+            profile,
+            self.clock.now(),
+            boundaries,
         )
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         ends = params.stop_ids + (() if params.ignore_eos else self.limits.eos_token_ids)
@@ -200,6 +212,7 @@ class Engine:
     def _commit_timed(self, plan: StepPlan, result: StepResult, planning: float) -> None:
         started = self.clock.now()
         self._counts["steps"] += 1
+        sealing = []
         for row, outcome in zip(plan.rows, result.rows, strict=True):
             sequence = self._sequences.get(row.sequence)
             if sequence is None:
@@ -207,16 +220,24 @@ class Engine:
             if outcome.error is not None:
                 self._counts["failed"] += 1
                 self._end_request(sequence.request, "error", outcome.error)
-            else:
-                self._commit_row(sequence, len(row.input_ids), outcome)
+                continue
+            sealed = sequence.num_sealed
+            self._commit_inputs(sequence, len(row.input_ids), outcome)
+            if sequence.num_sealed > sealed:
+                sealing.append(sequence)
+        self.scheduler.accounting.shrink(sealing)
+        for row, outcome in zip(plan.rows, result.rows, strict=True):
+            sequence = self._sequences.get(row.sequence)
+            if sequence is not None:
+                self._commit_outputs(sequence, outcome)
         self.timings = {
             **result.timings,
             "plan": planning,
             "commit": self.clock.now() - started,
         }
 
-    def _commit_row(self, sequence: Sequence, count: int, outcome: RowResult) -> None:
-        """Advance one sequence by what its row fed and produced."""
+    def _commit_inputs(self, sequence: Sequence, count: int, outcome: RowResult) -> None:
+        """Advance one sequence by what its row fed."""
         request = sequence.request
         if outcome.scores:
             scored = request.prompt_logprobs
@@ -226,6 +247,10 @@ class Engine:
         sequence.num_slots += count
         sequence.next_position += count
         self.scheduler.accounting.seal(sequence)
+
+    def _commit_outputs(self, sequence: Sequence, outcome: RowResult) -> None:
+        """Advance one sequence by what its row produced."""
+        request = sequence.request
         if outcome.tokens:
             parting = len(outcome.tokens) > 1
             takers = list(request.sequences) if parting else [sequence]
@@ -329,6 +354,7 @@ class Engine:
             running=len(scheduler.running),
             pages_used=accounting.pool.num_pages - accounting.num_available,
             pages_cached=accounting.num_cached,
+            pages_peak=scheduler.pages_peak,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             preemptions=scheduler.num_preemptions,

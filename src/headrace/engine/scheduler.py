@@ -61,6 +61,7 @@ class Scheduler:
         self.waiting = OrderedSequences(policy)
         self.running = OrderedSequences(policy)
         self.num_preemptions = 0
+        self.pages_peak = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
 
@@ -82,11 +83,13 @@ class Scheduler:
             spare -= 0 if single else count
             left -= count
         self._admit(plan, budget.rows, left, now)
+        pages = self.accounting.pool.num_pages - self.accounting.num_available
+        self.pages_peak = max(self.pages_peak, pages)
         return plan
 
     def _schedule(self, sequence: Sequence, most: int, plan: StepPlan) -> int:
         """Plan up to ``most`` pending inputs of a running sequence, preempting if it must."""
-        wanted = min(most, sequence.num_pending)
+        wanted = min(most, sequence.num_feedable)
         if wanted == 0:
             return 0
         while (count := self.accounting.reserve(sequence, wanted, plan)) == 0:

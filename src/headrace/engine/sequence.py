@@ -25,9 +25,14 @@ class Status(Enum):
 
 
 class Request:
-    """One prompt with its ``n`` sequences; finished when all of them are."""
+    """One prompt with its ``n`` sequences; finished when all of them are.
+
+    ``boundaries`` are counts of prompt tokens, ascending: what lies behind one is fed in a later
+    step than what lies before it.
+    """
 
     __slots__ = (
+        "boundaries",
         "max_tokens",
         "metrics",
         "params",
@@ -49,8 +54,10 @@ class Request:
         priority: int,
         profile: Profile,
         arrival_time: float,
+        boundaries: tuple[int, ...] = (),
     ) -> None:
         self.request_id = request_id
+        self.boundaries = boundaries
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.max_tokens = max_tokens
@@ -76,7 +83,8 @@ class Sequence:
     Three counters that may differ once methods drop, inject or move tokens: ``num_fed`` known
     tokens have been given to the model, they take ``num_slots`` KV slots, and the next input has
     position ``next_position``. KV lies in ``runs`` (sealed) followed by ``tail`` (writable pages,
-    one list per cache group).
+    one list per cache group). ``num_sealed`` runs there have been, of which those with ``ordinals``
+    are left.
     """
 
     __slots__ = (
@@ -84,8 +92,10 @@ class Sequence:
         "index",
         "next_position",
         "num_fed",
+        "num_sealed",
         "num_slots",
         "number",
+        "ordinals",
         "request",
         "runs",
         "state",
@@ -114,8 +124,9 @@ class Sequence:
         self.status = Status.NEW
         self.table_row = -1
         self.runs: list[SealedRun] = []
+        self.ordinals: list[int] = []
         self.tail: list[list[int]] = []
-        self.num_fed = self.num_slots = self.next_position = 0
+        self.num_fed = self.num_slots = self.next_position = self.num_sealed = 0
 
     @property
     def priority(self) -> int:
@@ -127,8 +138,17 @@ class Sequence:
         """Known tokens that have not been fed."""
         return len(self.token_ids) - self.num_fed
 
+    @property
+    def num_feedable(self) -> int:
+        """Pending tokens that one step may feed: those up to the next boundary."""
+        for boundary in self.request.boundaries:
+            if boundary > self.num_fed:
+                return boundary - self.num_fed
+        return self.num_pending
+
     def forget_cache(self) -> None:
         """All known tokens are pending again; the caller has released runs and tail."""
         self.runs = []
+        self.ordinals = []
         self.tail = []
-        self.num_fed = self.num_slots = self.next_position = 0
+        self.num_fed = self.num_slots = self.next_position = self.num_sealed = 0

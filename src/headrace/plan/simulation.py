@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheLayout, attention_layout
+from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.outputs import RequestMetrics, TokenLogprobs
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import (
@@ -147,6 +148,7 @@ def simulated_engine(
     cost: LinearCost | None = None,
     draw_token: Callable[[], int] | None = None,
     eos_token_ids: tuple[int, ...] = (),
+    kv_policy: KVPolicy | None = None,
 ) -> tuple[Engine, VirtualClock]:
     """The composition that ``LLM`` uses, around a ``SimRunner`` on a virtual clock."""
     layout = layout or attention_layout(
@@ -171,6 +173,7 @@ def simulated_engine(
         limits=limits,
         runner=runner,
         clock=clock,
+        kv_policy=kv_policy,
     )
     return engine, clock
 

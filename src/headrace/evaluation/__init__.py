@@ -1,0 +1,1 @@
+"""Evaluation of models and methods: tasks, measures, comparisons; all through ``LLM``."""
