@@ -31,6 +31,7 @@ from zoo.generated import (
 )
 from zoo.model import IGNORED, LanguageModel, ModelConfig, initialize
 from zoo.recipe import Recipe, run
+from zoo.round_weights import round_checkpoint, round_weight
 from zoo.selection import majority
 from zoo.tokenizer import load_tokenizer
 from zoo.train import TrainConfig
@@ -118,8 +119,9 @@ def test_batches_are_a_function_of_the_step(tokenizer: Tokenizer) -> None:
 
 
 def test_ignored_targets_do_not_count() -> None:
+    torch.manual_seed(0)
     model = LanguageModel(replace(SMALL, vocab_size=100))
-    initialize(model, 0)
+    initialize(model, 0, embedding_deviation=0.5)
     tokens = torch.randint(0, 100, (2, 20))
     targets = torch.randint(0, 100, (2, 20))
     whole = model.loss(tokens, targets)
@@ -251,3 +253,29 @@ def test_tracked_weights_are_small(repository: Path) -> None:
     ]
     sizes = [file.stat().st_size for file in files]
     assert sum(sizes) <= LIMIT and max(sizes) <= LIMIT // 5
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_rounded_weights_have_few_levels(bits: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 96)
+    rounded = round_weight(weight, bits)
+    for group in rounded.unflatten(1, (-1, 32)).flatten(0, 1):
+        assert len(group.unique()) <= 2**bits
+    step = weight.unflatten(1, (-1, 32)).abs().amax(-1) / (2 ** (bits - 1) - 0.5)
+    error = (rounded - weight).unflatten(1, (-1, 32)).abs().amax(-1)
+    assert (error <= 0.5001 * step).all()
+
+
+def test_a_rounded_checkpoint_runs_and_is_worse(tmp_path: Path, embedded_dir: Path) -> None:
+    round_checkpoint(embedded_dir, tmp_path / "broken", 2)
+    prompt = (embedded_dir / "README.md").read_text()[:2000]
+    losses = []
+    for directory in (embedded_dir, tmp_path / "broken"):
+        with LLM(str(directory)) as llm:
+            params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+            [output] = llm.generate([prompt], params)
+        assert output.prompt_logprobs is not None
+        pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        losses.append(-sum(entry[token].logprob for token, entry in pairs if entry))
+    assert losses[1] > 1.05 * losses[0]
