@@ -59,8 +59,8 @@ INLINE void add_pairs(__m256i& sum, __m256i weights, __m256i x) {
 
 // sum[m][h] += the products of `group` columns; h counts vectors of eight rows of the weight.
 template <int Rows, int Halves>
-INLINE void add_nibbles(const uint8_t* b, int64_t panel_bytes, const int8_t* a, int64_t a_stride,
-                        int64_t group, __m256i (&sum)[Rows][Halves]) {
+INLINE void add_nibbles(const uint8_t* b, int64_t panel_bytes, int64_t ahead, const int8_t* a,
+                        int64_t a_stride, int64_t group, __m256i (&sum)[Rows][Halves]) {
   const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   // 32 columns at a time: 8 sums of two products of at most 15 * 127 fit in 16 bits.
   for (int64_t column = 0; column < group; column += 32, b += 256, a += 32) {
@@ -75,6 +75,7 @@ INLINE void add_nibbles(const uint8_t* b, int64_t panel_bytes, const int8_t* a, 
       for (int h = 0; h < Halves; ++h) {
         const uint8_t* from = b + h / 2 * panel_bytes + step * 64 + h % 2 * 32;
         const __m256i both = _mm256_loadu_si256((const __m256i*)from);
+        if (h % 2 == 0) _mm_prefetch(from + ahead, _MM_HINT_T1);
         const __m256i first = _mm256_and_si256(both, low);
         const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
 #pragma GCC unroll 4
@@ -135,6 +136,9 @@ __attribute__((noinline)) static void integer_block(const IntegerBlock& in) {
   const int32_t* offsets = in.x->offsets + in.row * groups;
   const uint8_t* b = weight.values + in.panel * panel_bytes;
   const int8_t* a = block_row(in, 0);
+  // A single row has registers to spare: scales of activations are applied where they change.
+  constexpr bool shares = Rows == 1;
+  const int64_t shared = Nibbles ? kActivationGroup / group : 1;
   __m256 total[Rows][Halves];
 #pragma GCC unroll 4
   for (int m = 0; m < Rows; ++m)
@@ -152,7 +156,7 @@ __attribute__((noinline)) static void integer_block(const IntegerBlock& in) {
         sum[m][h] = Nibbles ? zero_term(zeros, offsets[m * groups + g]) : _mm256_setzero_si256();
     }
     if constexpr (Nibbles)
-      add_nibbles<Rows, Halves>(b, panel_bytes, a, in.x->stride, group, sum);
+      add_nibbles<Rows, Halves>(b, panel_bytes, in.ahead, a, in.x->stride, group, sum);
     else
       add_bytes<Rows, Halves>(b, panel_bytes, a, in.x->stride, group, sum);
 #pragma GCC unroll 4
@@ -160,11 +164,23 @@ __attribute__((noinline)) static void integer_block(const IntegerBlock& in) {
       const __m256 scale = half_scales<Nibbles>(weight, in.panel + h / 2, g, h % 2);
 #pragma GCC unroll 4
       for (int m = 0; m < Rows; ++m) {
-        const __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(x_scales[m * groups + g]));
+        const __m256 factor =
+            shares ? scale : _mm256_mul_ps(scale, _mm256_set1_ps(x_scales[m * groups + g]));
         total[m][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[m][h]), factor, total[m][h]);
       }
     }
+    if constexpr (shares) {
+      if ((g + 1) % shared != 0 && g + 1 != groups) continue;
+      const __m256 x_scale = _mm256_set1_ps(x_scales[g]);
+#pragma GCC unroll 4
+      for (int h = 0; h < Halves; ++h) {
+        const __m256 before = g < shared ? _mm256_setzero_ps() : _mm256_loadu_ps(in.c + h * 8);
+        _mm256_storeu_ps(in.c + h * 8, _mm256_fmadd_ps(total[0][h], x_scale, before));
+        total[0][h] = _mm256_setzero_ps();
+      }
+    }
   }
+  if constexpr (shares) return;
 #pragma GCC unroll 4
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
