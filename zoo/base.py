@@ -4,12 +4,13 @@ import sys
 
 from tokenizers import Tokenizer
 
+from headrace.evaluation.held_out import library_root
 from headrace.evaluation.tasks.arithmetic import Arithmetic
 from headrace.evaluation.tasks.countdown import Countdown
 from headrace.evaluation.tasks.rearrangement import Rearrangement
 from headrace.evaluation.tasks.recall import MultiKey, MultiValue, Needle, VariableTracking
 from zoo.chat import chat_documents
-from zoo.corpus import library_root, scan_library, training_documents
+from zoo.corpus import scan_library, training_documents
 from zoo.data import Phase, SpecialIds, TrainingData, encode_documents
 from zoo.generated import Share, conversation_documents, recall_documents
 from zoo.model import ModelConfig

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from zoo.corpus import HELD_OUT_MODULES, SourceFile, manifest_digest
+from headrace.evaluation.held_out import HELD_OUT_MODULES
+from zoo.corpus import SourceFile, manifest_digest
 from zoo.data import Phase
 from zoo.evaluate import Evaluation
 from zoo.model import ModelConfig

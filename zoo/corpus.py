@@ -3,41 +3,17 @@
 import ast
 import hashlib
 import json
-import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from headrace.evaluation.held_out import HELD_OUT_MODULES
+
 Split = Literal["train", "heldout"]
 
 MANIFEST_PATH = Path(__file__).with_name("manifest.json")
 
-# Whole modules and packages that no training token comes from, chosen to differ in kind.
-HELD_OUT_MODULES = (
-    "bisect",
-    "calendar",
-    "cmd",
-    "colorsys",
-    "csv",
-    "fnmatch",
-    "fractions",
-    "graphlib",
-    "heapq",
-    "json",
-    "netrc",
-    "plistlib",
-    "queue",
-    "sched",
-    "secrets",
-    "shelve",
-    "shlex",
-    "statistics",
-    "textwrap",
-    "tomllib",
-    "wsgiref",
-    "zipapp",
-)
 EXCLUDED_DIRECTORIES = frozenset(
     {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
 )
@@ -56,11 +32,6 @@ class SourceFile:
     sha256: str
     bytes: int
     split: Split
-
-
-def library_root() -> Path:
-    """Return the directory of the running interpreter's standard library."""
-    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def split_of(path: str) -> Split:

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from headrace.evaluation.held_out import library_root
 from zoo.card import Run, render_card
 from zoo.chat import chat_documents
 from zoo.corpus import (
@@ -16,7 +17,6 @@ from zoo.corpus import (
     SourceFile,
     differences,
     held_out_texts,
-    library_root,
     read_manifest,
     repeated_line_share,
     scan_library,

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from zoo.corpus import differences, held_out_texts, library_root, read_manifest, scan_library
+from headrace.evaluation.held_out import library_root
+from zoo.corpus import differences, held_out_texts, read_manifest, scan_library
 from zoo.export import load_model
 from zoo.model import LanguageModel
 from zoo.tokenizer import load_tokenizer, token_id

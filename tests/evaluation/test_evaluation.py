@@ -17,6 +17,7 @@ from headrace.contracts.outputs import Logprob
 from headrace.errors import ConfigurationError
 from headrace.evaluation import evaluation as module
 from headrace.evaluation.evaluation import Evaluation, Subject
+from headrace.evaluation.held_out import held_out_texts
 from headrace.evaluation.language import (
     bits_per_byte,
     divergence,
@@ -24,7 +25,6 @@ from headrace.evaluation.language import (
     score_windows,
     text_windows,
 )
-from headrace.evaluation.library import held_out_texts
 from headrace.evaluation.suite import Suite, make_task
 from headrace.evaluation.task_run import TaskPlan, choose_problems, run_task, score_problems
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch.nn import functional
 
+from headrace.evaluation.held_out import HELD_OUT_MODULES
 from zoo import corpus
 from zoo.chat import chat_documents, module_exchanges, turn
 from zoo.data import Phase, SpecialIds, TrainingData, fill_in_the_middle
@@ -159,7 +160,7 @@ def test_the_splits_are_disjoint() -> None:
     }
     assert 0.03 < sizes["heldout"] / sum(sizes.values()) < 0.045
     held_out = {f.path.partition("/")[0].removesuffix(".py") for f in files if f.split == "heldout"}
-    assert held_out == set(corpus.HELD_OUT_MODULES)
+    assert held_out == set(HELD_OUT_MODULES)
 
 
 def test_tests_and_tables_are_left_out() -> None:

@@ -1,4 +1,4 @@
-"""Text to measure on: modules of Python's library that no model of the family is trained on."""
+"""The held-out text: modules of Python's library that no model of the family is trained on."""
 
 from __future__ import annotations
 

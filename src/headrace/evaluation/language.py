@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from headrace.contracts.outputs import Logprob
 from headrace.contracts.sampling import SamplingParams
-from headrace.evaluation.library import held_out_texts
+from headrace.evaluation.held_out import held_out_texts
 from headrace.evaluation.statistics import Estimate, mean_estimate
 from headrace.llm import LLM
 

@@ -6,7 +6,7 @@ import functools
 import random
 from collections.abc import Iterator
 
-from headrace.evaluation.library import held_out_texts
+from headrace.evaluation.held_out import held_out_texts
 from headrace.evaluation.split import Split
 from headrace.evaluation.task import Problem, Task
 
