@@ -149,6 +149,6 @@ def test_advice_on_the_model(model: ModelEstimate, advice: str) -> None:
 
 
 def test_bandwidth_is_measured_over_the_whole_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0.0, 2.0, 10.0, 10.5])
+    ticks = iter([0.0, 0.0, 2.0, 10.0, 10.5, 20.0])
     monkeypatch.setattr("headrace.plan.hardware.time.perf_counter", lambda: next(ticks))
-    assert read_bandwidth(cores=3, size=1 << 20, rounds=2) == (1 << 20) / 0.5
+    assert read_bandwidth(cores=3, size=1 << 20, seconds=15.0) == (1 << 20) / 0.5

@@ -49,8 +49,8 @@ def probe() -> HardwareProfile:
     return HardwareProfile(host.cpu_name(), cores, isa, memory, cache, bandwidth)
 
 
-def read_bandwidth(cores: int, size: int, rounds: int = 5) -> float:
-    """Bytes per second at which ``cores`` threads read ``size`` bytes, the best of ``rounds``.
+def read_bandwidth(cores: int, size: int, seconds: float = 0.5) -> float:
+    """Bytes per second at which ``cores`` threads read ``size`` bytes, at best in ``seconds``.
 
     The buffer must be well larger than the caches for this to be the memory's speed. Read by the
     native kernels, or by numpy where these were not built.
@@ -59,8 +59,8 @@ def read_bandwidth(cores: int, size: int, rounds: int = 5) -> float:
     best = float("inf")
     with ThreadPoolExecutor(cores) as pool:
         read = _reader(buffer, cores, pool)
-        for _ in range(rounds):
-            start = time.perf_counter()
+        end = time.perf_counter() + seconds
+        while (start := time.perf_counter()) < end:
             read()
             best = min(best, time.perf_counter() - start)
     return buffer.nbytes / best
