@@ -28,7 +28,7 @@ from harness import CACHE, Result, in_fresh_process, progress
 from peers.environments import drivers, ensure_environment, variables_of
 from peers.limits import Limits, measure_limits
 from peers.models import ensure_form
-from peers.programs import BACKENDS, COMPARISONS, PROGRAMS, SITTINGS, Program
+from peers.programs import BACKENDS, COMPARISONS, ON_REQUEST, PROGRAMS, SITTINGS, Program
 from peers.record import Record, Sample
 from peers.tables import COLUMNS, failure_rows, settings_rows, tabulate, title_of
 from peers.workloads import Job
@@ -41,6 +41,7 @@ TIME_LIMIT = 1800.0
 STAT = Path("/proc/stat")
 BUSY = 0.1
 """Of the processor's time, from which on a measurement is doubtful."""
+REGULAR = tuple(name for name in PROGRAMS if name not in ON_REQUEST)
 QUICK = (("headrace bf16", "transformers bf16"), ("decode", "prefill-512", "batch"))
 OTHER_SHAPE = ("qwen2.5-0.5b", ("decode", "prefill-512", "batch"))
 """On which Headrace alone is measured, to see that shares of the limits do not hang on a shape."""
@@ -252,9 +253,9 @@ def measure(rounds: int, quick: bool) -> Result:
         result = run(names, members, "tiny", rounds, None)
         return Result(describe(result), COLUMNS, named_rows(result), result)
     shape = "llama-3.2-1b"
-    result = run(COMPARISONS, PROGRAMS, shape, rounds, record_path(shape))
+    result = run(COMPARISONS, REGULAR, shape, rounds, record_path(shape))
     shape, names = OTHER_SHAPE
-    ours = [name for name, program in PROGRAMS.items() if program.driver == "headrace"]
+    ours = [name for name in REGULAR if PROGRAMS[name].driver == "headrace"]
     other = run(names, ours, shape, rounds, record_path(shape))
     rows = named_rows(result) + [[f"{shape}, {row[0]}", *row[1:]] for row in named_rows(other)]
     return Result(describe(result), COLUMNS, rows, {**result, "other": other})
@@ -283,7 +284,7 @@ def describe(result: dict[str, Any]) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=list(REGULAR))
     parser.add_argument("--workloads", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     parser.add_argument("--shape", default="llama-3.2-1b", help="of make_checkpoint.py")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: 5)")

@@ -21,6 +21,7 @@ from headrace.cli.output import report
 from headrace.plan.hardware import probe
 
 BENCHMARKS = {
+    "against_peers": "Against other engines",
     "against_transformers": "Against transformers",
     "engine_overhead": "The engine's own time",
     "prefix_caching": "Prefix caching",
@@ -31,6 +32,8 @@ BENCHMARKS = {
     "simulate": "Simulation",
 }
 """Module -> heading on the page."""
+HOURS = ("against_peers",)
+"""Run only when named."""
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 RESULTS = CACHE / "results.json"
 
@@ -87,7 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     entries = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     CACHE.mkdir(parents=True, exist_ok=True)
-    for name in arguments.only or BENCHMARKS:
+    for name in arguments.only or (name for name in BENCHMARKS if name not in HOURS):
         progress(f"running {name}")
         result = in_fresh_process(measure, name, arguments.rounds, arguments.quick)
         table = (result.title, result.columns, result.rows)
