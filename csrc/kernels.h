@@ -93,6 +93,8 @@ struct Kernels {
   void (*rms_norm)(const uint16_t* x, int64_t stride, int64_t rows, int64_t width,
                    const uint16_t* weight, float epsilon, uint16_t* out);
   void (*search_scales)(const ScaleSearch& search, int64_t begin, int64_t end);
+  // The highest of `count` scores, a multiple of 16; NaN if one is.
+  float (*highest)(const float* scores, int64_t count);
   // Read memory; the result keeps the loads alive.
   uint64_t (*read)(const std::byte* data, size_t bytes);
   // Run about `steps` instructions of the kernels' inner product; returns operations done.

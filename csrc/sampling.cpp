@@ -1,5 +1,8 @@
 #include <algorithm>
 #include <bit>
+#include <cmath>
+#include <stdexcept>
+#include <vector>
 
 #include "context.h"
 
@@ -52,8 +55,36 @@ void lowest_kept(Context& context, uintptr_t scores, uintptr_t measures, int64_t
   });
 }
 
+// Scores [rows, width], width a multiple of 64; values and their first places [rows].
+void highest(Context& context, uintptr_t scores, int64_t rows, int64_t width, uintptr_t values,
+             uintptr_t places) {
+  if (width <= 0 || width % 64 != 0)
+    throw std::invalid_argument("scores: the width must be a multiple of 64");
+  nb::gil_scoped_release release;
+  std::lock_guard<std::mutex> lock(context.busy);
+  constexpr int64_t each = 4 << 10;
+  const int64_t pieces = (width + each - 1) / each;
+  std::vector<float> found(static_cast<size_t>(rows * pieces));
+  context.pool.run(rows * pieces, [&](int64_t task, int) {
+    const int64_t begin = task % pieces * each;
+    found[static_cast<size_t>(task)] = context.kernels->highest(
+        pointer<const float>(scores) + task / pieces * width + begin, std::min(each, width - begin));
+  });
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* first = found.data() + row * pieces;
+    const float* best = std::find_if(first, first + pieces, [](float one) { return std::isnan(one); });
+    if (best == first + pieces) best = std::max_element(first, first + pieces);
+    const float* piece = pointer<const float>(scores) + row * width + (best - first) * each;
+    pointer<float>(values)[row] = *best;
+    pointer<int64_t>(places)[row] =
+        (best - first) * each + (std::isnan(*best) ? 0 : std::find(piece, piece + each, *best) - piece);
+  }
+}
+
 }  // namespace
 
-void bind_sampling(nb::class_<Context>& context) { context.def("lowest_kept", &lowest_kept); }
+void bind_sampling(nb::class_<Context>& context) {
+  context.def("highest", &highest).def("lowest_kept", &lowest_kept);
+}
 
 }  // namespace headrace

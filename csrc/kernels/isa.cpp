@@ -31,6 +31,7 @@ namespace {
 #include "rows.inl"
 #include "linear.inl"
 #include "scale_search.inl"
+#include "highest.inl"
 #include "limits.inl"
 #include "attention.inl"
 
@@ -46,6 +47,7 @@ constinit const Kernels kernels = {
     rows_of,
     rms_norm,
     search_scales,
+    highest,
     read,
     peak_int8,
     peak_bf16,

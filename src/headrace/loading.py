@@ -126,7 +126,7 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     layout = architecture.cache_layout(checkpoint.config, cache_dtype, config.block_size)
     num_pages = size_arena(config, layout, shape.context, device, loader.mapped_bytes)
     context = fit_context(config, layout, num_pages, shape.context)
-    sampler = Sampler(lowest_kept=ops.lowest_kept)
+    sampler = Sampler(selection=ops.selection)
     runner = LocalRunner(model, KVArena(layout, num_pages, device.name), ops, sampler)
     generation = read_json(directory / "generation_config.json", required=False)
     limits = EngineLimits(

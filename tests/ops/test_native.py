@@ -27,7 +27,7 @@ from headrace.ops.packed_weight import (
     pack_dense,
 )
 from headrace.ops.scale_search import native_search_scales, search_scales
-from headrace.ops.selection import lowest_kept, native_lowest_kept
+from headrace.ops.selection import highest, lowest_kept, native_highest, native_lowest_kept
 from headrace.ops.table import make_ops
 
 MODULE = extension.extension()
@@ -217,6 +217,25 @@ def test_scale_search(context: extension._native.Context, format: WeightFormat) 
         assert all(torch.equal(*pair) for pair in zip(other, found, strict=True))
     groups[7, 3] = torch.nan
     assert native_search_scales(context, groups, format)[1].isnan().nonzero().tolist() == [[7]]
+
+
+def test_highest(context: extension._native.Context) -> None:
+    """Rows of one piece and of many; ties, zeros of both signs, nothing finite, NaN."""
+    torch.manual_seed(0)
+    for rows, width in ((1, 64), (3, 4096), (5, 20032)):
+        scores = torch.randn(rows, width)
+        cases = [scores, scores.round(), -scores.abs().round(), torch.full_like(scores, -torch.inf)]
+        for case in (*cases, scores.masked_fill(scores > 1, torch.inf)):
+            values, places = native_highest(context, case)
+            expected_values, expected_places = highest(case)
+            assert torch.equal(values, expected_values) and torch.equal(places, expected_places)
+        for place in (0, width // 2 + 3, width - 1):
+            broken = scores.clone()
+            broken[-1, place] = -torch.nan
+            values, _ = native_highest(context, broken)
+            assert values.isnan().flatten().tolist() == [False] * (rows - 1) + [True]
+    with pytest.raises(ValueError, match="multiple of 64"):
+        native_highest(context, torch.zeros(1, 65))
 
 
 def test_lowest_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,12 +12,23 @@ from torch import Tensor
 if TYPE_CHECKING:
     from headrace.ops import _native
 
-LowestKept = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Scores, measures and what is wanted to thresholds, as ``lowest_kept``."""
+BLOCK = 64
+"""Rows that are searched are padded to a multiple of this."""
 
 _DIGITS = ((31, 21), (21, 11), (11, 0))
 """Bits of a positive float, most significant first, as (end, start)."""
 _BINS = 1 << 11
+
+
+def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest score ``[R, 1]``, NaN where the row has one, and its first place ``[R]``.
+
+    ``scores`` is fp32 ``[R, width]``, ``width`` a multiple of ``BLOCK``.
+    """
+    blocks = scores.view(len(scores), -1, BLOCK)
+    values, block = blocks.amax(dim=-1).max(dim=-1)
+    inside = blocks[torch.arange(len(scores), device=scores.device), block]
+    return values.unsqueeze(1), block * BLOCK + inside.argmax(dim=-1)
 
 
 def lowest_kept(scores: Tensor, measures: Tensor, wanted: Tensor) -> Tensor:
@@ -37,6 +49,23 @@ def lowest_kept(scores: Tensor, measures: Tensor, wanted: Tensor) -> Tensor:
         above = torch.cat((above, sums), dim=-1).gather(1, place)
         prefix = (prefix << (end - start)) | place.int()
     return -prefix.view(torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The two searches, with the signatures of the functions after which they are named."""
+
+    highest: Callable[[Tensor], tuple[Tensor, Tensor]] = highest
+    lowest_kept: Callable[[Tensor, Tensor, Tensor], Tensor] = lowest_kept
+
+
+def native_highest(context: _native.Context, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """``highest`` on the native kernels, pieces of rows on all threads."""
+    scores = scores.contiguous()
+    values, places = torch.empty(len(scores), 1), torch.empty(len(scores), dtype=torch.int64)
+    rows, width = scores.shape
+    context.highest(scores.data_ptr(), rows, width, values.data_ptr(), places.data_ptr())
+    return values, places
 
 
 def native_lowest_kept(

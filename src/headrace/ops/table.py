@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from headrace.ops.native_attention import NativeAttention
 from headrace.ops.native_linear import NativeLinearOps, native_rms_norm
 from headrace.ops.paged import Attention
 from headrace.ops.reference import ReferenceAttention
-from headrace.ops.selection import LowestKept, lowest_kept, native_lowest_kept
+from headrace.ops.selection import Selection, native_highest, native_lowest_kept
 
 if TYPE_CHECKING:
     from headrace.ops import _native
@@ -46,7 +46,7 @@ class Ops:
     linears: LinearOps
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     attention: Attention[Any]
-    lowest_kept: LowestKept = lowest_kept
+    selection: Selection = field(default_factory=Selection)
     isa: str = TORCH
     threads: int = 1
 
@@ -125,7 +125,7 @@ def native_ops(context: _native.Context) -> Ops:
         linears=NativeLinearOps(context),
         rms_norm=partial(native_rms_norm, context),
         attention=NativeAttention(context),
-        lowest_kept=partial(native_lowest_kept, context),
+        selection=Selection(partial(native_highest, context), partial(native_lowest_kept, context)),
         isa=context.isa,
         threads=context.threads,
     )

@@ -21,7 +21,7 @@ from headrace.exec.sampling.steps import (
     default_steps,
     uniform_numbers,
 )
-from headrace.ops.selection import LowestKept, lowest_kept
+from headrace.ops.selection import Selection
 
 _NOT_FINITE = "no token can be drawn: the logits are not finite (NaN or infinity)"
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
@@ -47,9 +47,9 @@ class Sampler:
         self,
         steps: Sequence[ScoreStep] | None = None,
         cuts: Sequence[Cut] | None = None,
-        lowest_kept: LowestKept = lowest_kept,
+        selection: Selection | None = None,
     ) -> None:
-        self._lowest_kept = lowest_kept
+        self._selection = selection or Selection()
         self.steps = list(default_steps() if steps is None else steps)
         self.cuts = list(default_cuts() if cuts is None else cuts)
 
@@ -62,15 +62,17 @@ class Sampler:
         reporting = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         logprobs = _logprobs(logits, reporting) if reporting else None
         scores = wide.pad(logits.float())
-        highest, tokens = wide.highest(scores)
-        finite = torch.isfinite(highest)
+        highest, tokens = self._selection.highest(scores)
+        usable = [math.isfinite(value) for [value] in highest.tolist()]
         steps = [step for step in self.steps if any(map(step.asked, states))]
         for step in steps:
             step(scores, states)
         if steps:
-            highest, tokens = wide.highest(scores)
-            finite &= torch.isfinite(highest)
-        usable = finite.squeeze(1).tolist()
+            highest, tokens = self._selection.highest(scores)
+            changed = highest.tolist()
+            usable = [
+                ok and math.isfinite(value) for ok, [value] in zip(usable, changed, strict=True)
+            ]
         drawing = [i for i, s in enumerate(states) if usable[i] and not s.params.greedy]
         cut = [i for i in drawing if any(cut.asked(states[i]) for cut in self.cuts)]
         free = [i for i in drawing if i not in cut]
@@ -93,7 +95,7 @@ class Sampler:
 
     def _draw_cut(self, scores: Tensor, states: Sequence[SampleState]) -> Tensor:
         """The same where unlikely tokens are put out first."""
-        candidates = Candidates(_heat(scores, states), self._lowest_kept)
+        candidates = Candidates(_heat(scores, states), self._selection)
         for cut in self.cuts:
             if any(map(cut.asked, states)):
                 cut(candidates, states)

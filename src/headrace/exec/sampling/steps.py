@@ -19,7 +19,7 @@ from torch import Tensor
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import SampleState
 from headrace.exec.sampling import wide
-from headrace.ops.selection import LowestKept
+from headrace.ops.selection import Selection
 
 _CANDIDATES = 128
 _ROWS_AT_ONCE = 4
@@ -137,12 +137,12 @@ class Candidates:
 
     Args:
         scores: ``[R, width]`` in fp32, logarithms of the tokens' weights; each row's highest is 0.
-        lowest_kept: the operation that looks through whole rows.
+        selection: the operations that look through whole rows.
     """
 
-    def __init__(self, scores: Tensor, lowest_kept: LowestKept) -> None:
+    def __init__(self, scores: Tensor, selection: Selection) -> None:
         self.scores = scores
-        self._lowest_kept = lowest_kept
+        self._selection = selection
         self.threshold = torch.full_like(scores[:, :1], -math.inf)
         self._untouched = True
         self._best, self._places = wide.largest(scores, _CANDIDATES)
@@ -165,7 +165,7 @@ class Candidates:
         beyond = (place == sums.shape[1]).squeeze(1).nonzero().squeeze(1)
         for rows in beyond.split(_ROWS_AT_ONCE) if len(beyond) else ():
             scores = self.scores[rows]
-            lowest[rows] = self._lowest_kept(scores, measure(scores), wanted[rows])
+            lowest[rows] = self._selection.lowest_kept(scores, measure(scores), wanted[rows])
         self.raise_threshold(lowest.masked_fill_(wanted <= 0, -math.inf))
 
     def mass(self, rows: Tensor) -> Tensor:

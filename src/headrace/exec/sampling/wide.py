@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 64
+from headrace.ops.selection import BLOCK
 
 
 def pad(scores: Tensor) -> Tensor:
@@ -24,14 +24,6 @@ def pad(scores: Tensor) -> Tensor:
 def take(x: Tensor, rows: Tensor) -> Tensor:
     """Some rows of ``x``, in order; ``x`` itself when that is all of them."""
     return x if len(rows) == len(x) else x[rows]
-
-
-def highest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest score ``[R, 1]``, NaN where the row has one, and its first place ``[R]``."""
-    blocks = scores.view(len(scores), -1, BLOCK)
-    values, block = blocks.amax(dim=-1).max(dim=-1)
-    inside = blocks[torch.arange(len(scores), device=scores.device), block]
-    return values.unsqueeze(1), block * BLOCK + inside.argmax(dim=-1)
 
 
 def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
