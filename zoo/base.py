@@ -25,7 +25,7 @@ MODEL = ModelConfig(
     intermediate_size=768,
 )
 PHASES = (Phase(0.70, 512), Phase(0.16, 1024), Phase(0.14, 2048))
-TOKEN_BUDGET = 18_000_000
+TOKEN_BUDGET = 10_000_000
 PROBLEMS, CONTEXTS = 24_000, 5_000
 """Written anew for the mixture; the rest of it is the library's text and its chats."""
 CHAT_SHARE = 0.40

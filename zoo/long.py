@@ -27,7 +27,7 @@ PHASES = (
     *(Phase(0.30, 64), Phase(0.16, 256), Phase(0.16, 1024), Phase(0.16, 4096)),
     *(Phase(0.14, 8192), Phase(0.08, 12288)),
 )
-TOKEN_BUDGET = 14_000_000
+TOKEN_BUDGET = 12_000_000
 
 
 def make_data(tokenizer: Tokenizer, config: TrainConfig) -> GeneratedData:
