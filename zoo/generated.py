@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from headrace.evaluation.split import split_of
 from headrace.evaluation.task import Problem, Task
-from headrace.evaluation.tasks.recall import Recall, ask
+from headrace.evaluation.tasks.recall import KEYS, STATEMENT_TOKENS, Recall, ask, draw_facts
 from zoo.chat import turn
 from zoo.data import Phase
 from zoo.model import IGNORED
@@ -131,8 +131,17 @@ def pack_whole(make: Callable[[], Row], length: int, count: int, pad: int) -> It
         yield row + [pad] * missing, learnt + [IGNORED] * missing
 
 
+DENSE_LENGTH = 128
+"""Up to this length, all rows are statements only; of longer ones, that share of them is."""
+
+
 class RecallRows:
-    """Contexts that end in questions; a row is one context, and only the answers are learnt."""
+    """Contexts that end in questions; a row is one context, and only the answers are learnt.
+
+    Short rows say the same things again and again, and what was said before is learnt at each
+    repetition: looking back for a key does not come of itself where a row has few answers and the
+    other words of its context are good guesses.
+    """
 
     def __init__(self, tokenizer: Tokenizer, tasks: Sequence[Recall], share: float = 0.3) -> None:
         """Give up to ``share`` of a row to questions."""
@@ -143,12 +152,26 @@ class RecallRows:
     def rows(self, source: random.Random, length: int, count: int) -> Iterator[Row]:
         """See ``RowMaker``."""
         for _ in range(count):
+            dense = source.random() * length < DENSE_LENGTH
             while True:
-                tokens, targets = self._row(source, length)
+                tokens, targets = (self._repetitions if dense else self._row)(source, length)
                 if any(target != IGNORED for target in targets):
                     break
             missing = length - len(tokens)
             yield tokens + [self.pad] * missing, targets + [IGNORED] * missing
+
+    def _repetitions(self, source: random.Random, length: int) -> Row:
+        """A value is learnt where its key is repeated."""
+        tokens: list[int] = []
+        targets: list[int] = []
+        known: set[str] = set()
+        for key, value in repetitions(source, length // STATEMENT_TOKENS):
+            statement = self._encode(f" {key} is {value}.")
+            tokens += statement
+            # " KEY", " is", " VALUE" and ".": the second predicts the third.
+            targets += [IGNORED, statement[2] if key in known else IGNORED, IGNORED, IGNORED]
+            known.add(key)
+        return tokens, targets
 
     def _row(self, source: random.Random, length: int) -> Row:
         passage = source.choice(self.tasks).passage(source, round(length * (1 - self.share)))
@@ -179,12 +202,25 @@ def conversation_documents(tasks: Sequence[Share], count: int, seed: int) -> lis
     return [turn("user", p.question) + turn("assistant", p.solution) for p in problems]
 
 
+def repetitions(source: random.Random, count: int) -> list[tuple[str, str]]:
+    """Return ``count`` statements about fewer keys, in any order."""
+    facts = draw_facts(source, source.randint(2, max(2, min(len(KEYS), count // 2))))
+    return source.choices(facts, k=count)
+
+
 def recall_documents(tasks: Sequence[Recall], longest: int, count: int, seed: int) -> list[str]:
-    """Return contexts with all their questions answered, of up to ``longest`` tokens."""
+    """Return contexts with all their questions answered, of up to ``longest`` tokens.
+
+    Every third is one of repetitions.
+    """
     source = random.Random(f"recall {seed}")
     documents = []
-    for _ in range(count):
+    for number in range(count):
         length = round(64 * (longest / 64) ** source.random())
+        if number % 3 == 0:
+            facts = repetitions(source, length // STATEMENT_TOKENS)
+            documents.append("".join(f" {key} is {value}." for key, value in facts))
+            continue
         passage = source.choice(tasks).passage(source, round(length * 0.7))
         document, left = passage.context, length - round(length * 0.7)
         for key in source.sample(list(passage.answers), len(passage.answers)):

@@ -1,7 +1,7 @@
 """Train the model that recalls from long contexts: ``python -m zoo.long``.
 
 It learns to look back in short contexts full of statements, and then in longer ones with ever more
-between them. Neither came when it began with long ones.
+between them. Neither came when it began with long ones, nor when short ones held few statements.
 """
 
 import sys
@@ -24,8 +24,8 @@ MODEL = ModelConfig(
     max_position_embeddings=16384,
 )
 PHASES = (
-    *(Phase(0.30, 64), Phase(0.16, 256), Phase(0.16, 1024), Phase(0.16, 4096)),
-    *(Phase(0.14, 8192), Phase(0.08, 12288)),
+    *(Phase(0.20, 64), Phase(0.25, 256), Phase(0.20, 1024), Phase(0.15, 4096)),
+    *(Phase(0.13, 8192), Phase(0.07, 12288)),
 )
 TOKEN_BUDGET = 12_000_000
 

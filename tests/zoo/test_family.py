@@ -75,8 +75,14 @@ def test_conversations_teach_their_answers(tokenizer: Tokenizer) -> None:
 
 def test_recall_teaches_answers_only(tokenizer: Tokenizer) -> None:
     rows = RecallRows(tokenizer, [MultiKey()])
-    for tokens, targets in rows.rows(random.Random(1), 256, 5):
-        assert len(tokens) == len(targets) == 256
+    source = random.Random(1)
+    for length, dense in ((64, True), (4096, False)):
+        for tokens, targets in rows.rows(source, length, 5):
+            assert len(tokens) == len(targets) == length
+            assert ("\n?" not in tokenizer.decode(tokens)) == dense
+    for tokens, targets in rows.rows(source, 1024, 5):
+        if "\n?" not in tokenizer.decode(tokens):
+            continue
         context, *questions = tokenizer.decode(tokens).split("\n?")
         answers = "".join(q.split(" is")[1].split("<")[0] for q in questions)
         assert learnt(tokenizer, targets) == answers.rstrip()
@@ -84,6 +90,22 @@ def test_recall_teaches_answers_only(tokenizer: Tokenizer) -> None:
         for question in questions:
             key, answer = question.split("<")[0].strip().rstrip(".").split(" is ")
             assert facts[key] == answer
+
+
+def test_repetitions_teach_what_was_said(tokenizer: Tokenizer) -> None:
+    rows = RecallRows(tokenizer, [MultiKey()])
+    for tokens, targets in rows.rows(random.Random(2), 64, 5):
+        known: dict[str, str] = {}
+        expected = []
+        for statement in tokenizer.decode(tokens).strip(".").split("."):
+            key, value = statement.strip().split(" is ")
+            if key in known:
+                assert known[key] == value
+                expected.append(value)
+            known[key] = value
+        assert learnt(tokenizer, targets).split() == expected
+        for place, target in enumerate(targets):
+            assert target in (IGNORED, tokens[place + 1] if place + 1 < len(tokens) else IGNORED)
 
 
 def test_nothing_of_the_tests_is_taught(tokenizer: Tokenizer) -> None:

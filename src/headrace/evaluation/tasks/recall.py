@@ -104,7 +104,7 @@ def ask(key: str) -> str:
     return f"\n? {key} is"
 
 
-def _facts(source: random.Random, count: int) -> list[tuple[str, str]]:
+def draw_facts(source: random.Random, count: int) -> list[tuple[str, str]]:
     """Different keys with a value each."""
     count = max(1, min(count, len(KEYS)))
     return list(zip(source.sample(KEYS, count), source.choices(VALUES, k=count), strict=True))
@@ -116,7 +116,7 @@ class Needle(Recall):
     name = "needle"
 
     def state(self, source: random.Random, most: int) -> tuple[list[str], dict[str, str]]:
-        [(key, value)] = _facts(source, 1)
+        [(key, value)] = draw_facts(source, 1)
         return [f" {key} is {value}."], {key: value}
 
 
@@ -126,7 +126,7 @@ class MultiKey(Recall):
     name = "multi-key"
 
     def state(self, source: random.Random, most: int) -> tuple[list[str], dict[str, str]]:
-        facts = _facts(source, most)
+        facts = draw_facts(source, most)
         return [f" {key} is {value}." for key, value in facts], dict(facts)
 
 
@@ -152,7 +152,7 @@ class VariableTracking(Recall):
     name = "variable-tracking"
 
     def state(self, source: random.Random, most: int) -> tuple[list[str], dict[str, str]]:
-        facts = _facts(source, max(2, most))
+        facts = draw_facts(source, max(2, most))
         meant: dict[str, str] = {}
         statements, answers = [], {}
         for index, (key, value) in enumerate(facts):
