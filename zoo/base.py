@@ -68,7 +68,7 @@ RECIPE = Recipe(
     "Completes Python, answers in the chat format, works out small problems step by step and "
     "recalls from its context.",
     MODEL,
-    TrainConfig(token_budget=TOKEN_BUDGET),
+    TrainConfig(token_budget=TOKEN_BUDGET, induction=True),
     make_data,
 )
 

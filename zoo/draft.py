@@ -17,7 +17,7 @@ RECIPE = Recipe(
         num_key_value_heads=1,
         intermediate_size=256,
     ),
-    TrainConfig(token_budget=TOKEN_BUDGET),
+    TrainConfig(token_budget=TOKEN_BUDGET, induction=True),
     make_data,
 )
 

@@ -24,10 +24,10 @@ MODEL = ModelConfig(
     max_position_embeddings=16384,
 )
 PHASES = (
-    *(Phase(0.20, 64), Phase(0.25, 256), Phase(0.20, 1024), Phase(0.15, 4096)),
-    *(Phase(0.13, 8192), Phase(0.07, 12288)),
+    *(Phase(0.10, 64), Phase(0.18, 256), Phase(0.22, 1024), Phase(0.22, 4096)),
+    *(Phase(0.18, 8192), Phase(0.10, 12288)),
 )
-TOKEN_BUDGET = 12_000_000
+TOKEN_BUDGET = 6_000_000
 
 
 def make_data(tokenizer: Tokenizer, config: TrainConfig) -> GeneratedData:
@@ -46,6 +46,7 @@ RECIPE = Recipe(
         token_budget=TOKEN_BUDGET,
         tokens_per_step=12288,
         embedding_deviation=0.5,
+        induction=True,
         adamw_rate=1e-3,
         muon_rate=0.01,
         weight_decay=0.01,

@@ -157,6 +157,12 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def layer(self, index: int) -> DecoderLayer:
+        """Return one of the layers."""
+        layer = self.layers[index]
+        assert isinstance(layer, DecoderLayer)
+        return layer
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Map int64 ``(batch, length)`` to ``(batch, length, hidden_size)``."""
         hidden = self.embed_tokens(tokens)

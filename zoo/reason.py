@@ -45,7 +45,7 @@ RECIPE = Recipe(
     "Computes, plays Countdown and rearranges letters, step by step, with a final answer that "
     "can be checked.",
     MODEL,
-    TrainConfig(token_budget=TOKEN_BUDGET),
+    TrainConfig(token_budget=TOKEN_BUDGET, induction=True),
     make_data,
 )
 

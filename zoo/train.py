@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from zoo.data import Batches
+from zoo.induction import add_induction
 from zoo.model import LanguageModel, ModelConfig, initialize
 
 Optimizers = dict[str, torch.optim.Optimizer]
@@ -29,6 +30,7 @@ Optimizers = dict[str, torch.optim.Optimizer]
 class TrainConfig:
     """Settings of one run; rates are peaks, which ``learning_rate_scale`` scales.
 
+    With ``induction``, training begins with heads that look back.
     ``decay`` gives the scale at some shares of the steps, rising from 0 to 1; it is linear between.
     """
 
@@ -41,6 +43,7 @@ class TrainConfig:
     warmup_steps: int = 60
     decay: tuple[tuple[float, float], ...] = ((0.0, 1.0), (1.0, 0.0))
     embedding_deviation: float = 0.02
+    induction: bool = False
     seed: int = 0
     checkpoint_seconds: float = 180.0
     log_seconds: float = 30.0
@@ -168,6 +171,8 @@ class Trainer:
         }
         self.model = LanguageModel(model_config)
         initialize(self.model, config.seed, config.embedding_deviation)
+        if config.induction:
+            add_induction(self.model)
         if start is not None:
             self.model.load_state_dict(start)
         self.model.to(device)
