@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 Scope = Literal["slot", "page", "run", "sequence"]
@@ -11,6 +12,9 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 ALIGNMENT = 64
 """Bytes: a page, and in it the part of every plane, begins at a multiple of this."""
+
+MOST_GROUPS = 8
+"""Of one layout: each has page tables of its own, which a step has to keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,58 +45,135 @@ class PlaneSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerState:
+    """What one layer keeps of a sequence.
+
+    Args:
+        planes: of scope "slot" with an entry for each token, or of scope "sequence" with one.
+        window: slots, counted back from a query's own, that may still be read; ``None``: all.
+    """
+
+    planes: tuple[PlaneSpec, ...]
+    window: int | None = None
+
+    def of_scope(self, scope: Scope) -> tuple[PlaneSpec, ...]:
+        """Its planes of one scope."""
+        return tuple(plane for plane in self.planes if plane.scope == scope)
+
+
+@dataclass(frozen=True, slots=True)
 class CacheGroup:
-    """Layers that share one page table. ``planes[i]`` are the planes of ``layers[i]``."""
+    """Layers that share one page table. ``planes[i]`` are the planes of ``layers[i]``.
+
+    Pages behind the ``window`` of its layers are freed.
+    """
 
     layers: tuple[int, ...]
     planes: tuple[tuple[PlaneSpec, ...], ...]
+    window: int | None = None
+
+    def page_bytes(self, block_size: int) -> int:
+        """Bytes that its planes take in a page."""
+        return sum(plane.page_bytes(block_size) for planes in self.planes for plane in planes)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """How the byte arena is carved: all groups have pages of the same size.
+    """How the byte arena is carved: a page freed by one group can serve any other.
 
-    Invariant: every group's page takes ``page_bytes``, so that a page freed by one group can
-    serve any other.
+    Args:
+        block_size: slots of a page.
+        groups: of layers with planes of scope "slot"; all have pages of the same size, that of
+            the largest.
+        states: (layer, plane) of scope "sequence": one entry for each sequence, outside the pages.
     """
 
     block_size: int
     groups: tuple[CacheGroup, ...]
+    states: tuple[tuple[int, PlaneSpec], ...] = ()
+    page_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        sizes = {self._group_bytes(group) for group in self.groups}
-        if len(sizes) != 1:
-            raise ValueError(f"groups of one layout need pages of one size, got {sorted(sizes)}")
-
-    def _group_bytes(self, group: CacheGroup) -> int:
-        return sum(plane.page_bytes(self.block_size) for planes in group.planes for plane in planes)
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page of any group."""
-        return self._group_bytes(self.groups[0])
+        sizes = [group.page_bytes(self.block_size) for group in self.groups]
+        object.__setattr__(self, "page_bytes", max(sizes, default=0))
 
     @property
     def token_bytes(self) -> float:
         """Bytes that one token takes in all groups together, what aligns planes included."""
         return self.page_bytes * len(self.groups) / self.block_size
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's states."""
+        return sum(plane.slot_bytes for _, plane in self.states)
+
+    @property
+    def window(self) -> int | None:
+        """The widest window of any group that has one."""
+        return max((g.window for g in self.groups if g.window is not None), default=None)
+
     def pages_for(self, slots: int) -> int:
         """Pages of one group that hold ``slots`` slots."""
         return -(-slots // self.block_size)
 
+    def columns_in_window(self, chunk: int) -> int | None:
+        """Pages of a group with a window that a sequence needs at once, at most.
 
-def attention_layout(
-    *, layers: int, kv_heads: int, head_dim: int, dtype: str, block_size: int
-) -> CacheLayout:
-    """One group for a model whose layers all hold plain keys and values.
+        ``chunk`` inputs of one step are written before pages are freed. ``None``: no group has one.
+        """
+        if self.window is None:
+            return None
+        return self.pages_for(self.window + chunk) + 1
 
-    With ``dtype`` "int8", keys and values have a scale for each token and head, in planes of
-    their own.
+    def pages_to_hold(self, slots: int, chunk: int) -> int:
+        """Pages of all groups that a sequence of ``slots`` slots needs at most."""
+        columns, most = self.pages_for(slots), self.columns_in_window(chunk)
+        windowed = columns if most is None else min(columns, most)
+        return sum(columns if group.window is None else windowed for group in self.groups)
+
+
+def attention_state(
+    kv_heads: int, head_dim: int, dtype: str, window: int | None = None
+) -> LayerState:
+    """Plain keys and values.
+
+    With ``dtype`` "int8", both have a scale for each token and head, in planes of their own.
     """
     names = ("key", "value")
     planes = [PlaneSpec(name, "slot", kv_heads, head_dim, dtype) for name in names]
     if dtype == "int8":
         planes += [PlaneSpec(f"{name}_scale", "slot", kv_heads, 1, "float32") for name in names]
-    group = CacheGroup(tuple(range(layers)), (tuple(planes),) * layers)
-    return CacheLayout(block_size, (group,))
+    return LayerState(tuple(planes), window)
+
+
+def layout_of(states: Sequence[LayerState], block_size: int) -> CacheLayout:
+    """The layout for layers that keep these states.
+
+    Layers with the same window share groups. A window whose layers together need larger pages
+    than another's is split over several groups, so that pages of one size are well filled.
+    """
+    kinds: dict[int | None, list[int]] = {}
+    for layer, state in enumerate(states):
+        if state.of_scope("slot"):
+            kinds.setdefault(state.window, []).append(layer)
+
+    def group(window: int | None, layers: Iterable[int]) -> CacheGroup:
+        chosen = tuple(layers)
+        return CacheGroup(chosen, tuple(states[i].of_scope("slot") for i in chosen), window)
+
+    smallest = min(map(len, kinds.values()), default=0)
+    while smallest and sum(-(-len(layers) // smallest) for layers in kinds.values()) > MOST_GROUPS:
+        smallest += 1
+    groups = []
+    for window, layers in kinds.items():
+        parts = -(-len(layers) // smallest)
+        groups += [group(window, layers[part::parts]) for part in range(parts)]
+    entries = tuple((i, p) for i, state in enumerate(states) for p in state.of_scope("sequence"))
+    return CacheLayout(block_size, tuple(groups), entries)
+
+
+def attention_layout(
+    *, layers: int, kv_heads: int, head_dim: int, dtype: str, block_size: int
+) -> CacheLayout:
+    """One group for a model whose layers all hold plain keys and values."""
+    return layout_of([attention_state(kv_heads, head_dim, dtype)] * layers, block_size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NewType
+from typing import Literal, NewType
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.sampling import SamplingParams
 
 Ticket = NewType("Ticket", int)
+
+Pooling = Literal["last", "mean", "first"]
+"""Which of a text's hidden states make its embedding."""
 
 
 @dataclass(slots=True)
@@ -59,6 +62,8 @@ class PlanRow:
             sequence forks here; empty when the inputs end before the known tokens do.
         score_ids: tokens whose log-probability is wanted, the i-th given inputs ``[0..i]``.
         score_top: alternatives to report for each scored token.
+        pooling: what is wanted of the hidden states of the inputs.
+        adapter: key of the adapter that the inputs go through; "": none.
     """
 
     sequence: int
@@ -69,6 +74,8 @@ class PlanRow:
     samples: Sequence[SampleState] = ()
     score_ids: Sequence[int] = ()
     score_top: int = 0
+    pooling: Pooling | None = None
+    adapter: str = ""
 
 
 @dataclass(slots=True)
@@ -80,11 +87,15 @@ class StepPlan:
             a source.
         blank: pages to zero: they will be partly filled, and stale bytes (another request's
             NaN) must not leak into padded reads.
+        state_copies: (source, target) table rows, for sequences that parted: what a model keeps
+            for a whole sequence is copied, in this order. A row that begins at slot 0 begins with
+            a state of zeros.
     """
 
     rows: list[PlanRow] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     blank: list[int] = field(default_factory=list)
+    state_copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_inputs(self) -> int:
@@ -96,12 +107,14 @@ class StepPlan:
 class RowResult:
     """What one plan row produced. ``tokens[i]`` answers ``samples[i]``.
 
-    ``error`` says that this row alone failed; its tokens are then meaningless.
+    ``pooled`` ``[hidden]`` is the hidden state of the last or first input, or, for the mean, the
+    sum over all. ``error`` says that this row alone failed; the rest is then meaningless.
     """
 
     tokens: Sequence[int] = ()
     logprobs: Sequence[TokenLogprobs | None] = ()
     scores: Sequence[TokenLogprobs] = ()
+    pooled: npt.NDArray[np.float32] | None = None
     error: str | None = None
 
 
