@@ -29,8 +29,9 @@ struct Call {
   int64_t heads;
   Heads q, k, v;
   const uint16_t *cos, *sin;
-  float scale;
-  int64_t window;  // 0: none
+  float scale, softcap;  // 0: no cap
+  int64_t window;        // 0: none
+  bool causal;
   uint16_t* out;   // [T, heads, width]
   float* lse;      // [T, heads]
   float* sums;     // [kv_heads, sums_stride], or null
@@ -65,7 +66,7 @@ void visible(const Call& call, Piece& piece) {
   piece.begin = call.window > 0 ? std::max<int64_t>(0, first + 1 - call.window) : 0;
   // Panels then lie in one page. What comes before the window is in that page too.
   if (step.block_size % kPanel == 0) piece.begin -= piece.begin % kPanel;
-  piece.end = first + piece.queries;
+  piece.end = call.causal ? first + piece.queries : past + step.lengths[piece.row];
 }
 
 int64_t cost(const Call& call, const Piece& piece) {
@@ -198,7 +199,9 @@ class Attend {
         .width = width,
         .first_slot = step.past[group * step.rows + piece.row] + piece.query,
         .window = call_.window,
+        .causal = call_.causal,
         .scale = call_.scale,
+        .softcap = call_.softcap,
         .keys = call_.cache->keys(),
         .values = call_.cache->values(),
         .head = piece.head,
@@ -367,8 +370,8 @@ void bind_attention(nb::module_& module, nb::class_<Context>& context) {
       [](Context& self, const LayerCache& cache, const StepRows& step, int64_t heads, uintptr_t q,
          int64_t q_stride, int64_t q_head_stride, uintptr_t k, int64_t k_stride,
          int64_t k_head_stride, uintptr_t v, int64_t v_stride, int64_t v_head_stride,
-         uintptr_t cos, uintptr_t sin, float scale, int64_t window, uintptr_t out, uintptr_t lse,
-         uintptr_t sums, int64_t sums_stride) {
+         uintptr_t cos, uintptr_t sin, float scale, float softcap, int64_t window, bool causal,
+         uintptr_t out, uintptr_t lse, uintptr_t sums, int64_t sums_stride) {
         check(cache, step, heads);
         const Call call{
             &cache,
@@ -380,7 +383,9 @@ void bind_attention(nb::module_& module, nb::class_<Context>& context) {
             pointer<const uint16_t>(cos),
             pointer<const uint16_t>(sin),
             scale,
+            softcap,
             window,
+            causal,
             pointer<uint16_t>(out),
             pointer<float>(lse),
             pointer<float>(sums),

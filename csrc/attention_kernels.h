@@ -41,7 +41,9 @@ struct AttentionTask {
   int64_t rows, ratio, width;
   int64_t first_slot;  // slot of the first query; each sees up to its own slot
   int64_t window;      // the last so many slots; 0: all
+  bool causal;         // else each sees all slots of the row
   float scale;
+  float softcap;  // limit of the scores, which approach it along a hyperbolic tangent; 0: none
   PlaneView keys, values;
   int64_t head;
   const int32_t* table;

@@ -11,7 +11,22 @@ namespace headrace {
 
 constexpr int64_t kPanel = 16;  // output rows of a weight that are stored together
 
-enum class Format : int { bf16 = 0, w8a8 = 1, w4a8 = 2 };
+enum class Format : int { bf16 = 0, w8a8 = 1, w4a8 = 2, blocks = 3 };
+
+// Values in planes of bits, and scales of one or two levels: a group's is factor * step. What a
+// value q stands for is scale * (q - zero), or scale * q + low where there are lows.
+struct BlockParts {
+  int bits[2] = {0, 0};        // of the first plane, and of the one above it
+  const uint8_t* planes[2] = {nullptr, nullptr};  // [panels, columns * bits / 32, 16, 4]
+  const uint8_t* table = nullptr;  // 16: what values of four bits are, 128 more; or null
+  int zero = 0;
+  int64_t super = 1;          // groups that share a factor
+  bool wide_factors = false;  // bfloat16, else half precision
+  const uint16_t* factors = nullptr;      // [panels, groups / super, 16]
+  const int8_t* steps = nullptr;          // [panels, groups, 16], or null: 1
+  const uint16_t* low_factors = nullptr;  // the same of lows, or null
+  const int8_t* low_steps = nullptr;
+};
 
 // A packed weight; the memory is the caller's. Shapes: docs/weights.md.
 struct LinearWeight {
@@ -26,10 +41,14 @@ struct LinearWeight {
   const void* scales;     // fp32 [panels * 16] (w8a8) or bf16 [panels, groups, 16] (w4a8)
   const uint8_t* zeros;   // [panels, groups, 16] or null: 8 (w4a8), 128 (w8a8)
   const float* bias;      // [panels * 16] in stored order, or null
+  BlockParts blocks;      // in place of values and scales
 
   int64_t groups() const { return padded_columns / group; }
   int64_t panel_bytes() const {
-    const int64_t bits = format == Format::bf16 ? 16 : format == Format::w8a8 ? 8 : 4;
+    const int64_t bits = format == Format::bf16     ? 16
+                         : format == Format::w8a8   ? 8
+                         : format == Format::w4a8   ? 4
+                                                    : blocks.bits[0] + blocks.bits[1];
     return kPanel * padded_columns * bits / 8;
   }
 };
@@ -45,7 +64,7 @@ struct Prepared {
   int8_t* bytes;     // int8 [rows, stride], or null
   float* scales;     // [rows, groups], the same ones within kActivationGroup columns
   int32_t* offsets;  // [rows, groups]: minus the sum of the int8 values, times the zero point of
-                     // symmetric formats
+                     // symmetric formats; the sum itself where groups have lows
 };
 
 struct LinearCall {

@@ -1,3 +1,4 @@
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -89,7 +90,38 @@ LinearWeight make_weight(const std::string& format, int64_t panels, int64_t rows
                       pointer<const uint8_t>(values),
                       pointer<const void>(scales),
                       pointer<const uint8_t>(zeros),
-                      pointer<const float>(bias)};
+                      pointer<const float>(bias),
+                      {}};
+}
+
+LinearWeight make_blocks(int64_t panels, int64_t rows, int64_t columns, int64_t padded_columns,
+                         int64_t group, bool gated, std::pair<int, int> bits,
+                         std::pair<uintptr_t, uintptr_t> planes, uintptr_t table, int zero,
+                         int64_t super, bool wide_factors, uintptr_t factors, uintptr_t steps,
+                         uintptr_t low_factors, uintptr_t low_steps, uintptr_t zeros,
+                         uintptr_t bias) {
+  const int kind = bits.first * 10 + bits.second;
+  const int known[] = {20, 21, 40, 41, 42, 80};
+  if (std::find(std::begin(known), std::end(known), kind) == std::end(known))
+    throw std::invalid_argument("bits: planes must have 2, 2+1, 4, 4+1, 4+2 or 8");
+  if (group < 16 || kActivationGroup % group != 0 || padded_columns % group != 0 ||
+      padded_columns % 32 != 0)
+    throw std::invalid_argument("group: must be 16 to 256 columns, and divide the stored ones");
+  LinearWeight weight{Format::blocks, panels, rows, columns, padded_columns, group, gated, nullptr,
+                      nullptr, pointer<const uint8_t>(zeros), pointer<const float>(bias), {}};
+  weight.blocks = BlockParts{
+      .bits = {bits.first, bits.second},
+      .planes = {pointer<const uint8_t>(planes.first), pointer<const uint8_t>(planes.second)},
+      .table = pointer<const uint8_t>(table),
+      .zero = zero,
+      .super = super,
+      .wide_factors = wide_factors,
+      .factors = pointer<const uint16_t>(factors),
+      .steps = pointer<const int8_t>(steps),
+      .low_factors = pointer<const uint16_t>(low_factors),
+      .low_steps = pointer<const int8_t>(low_steps),
+  };
+  return weight;
 }
 
 void multiply(Context& context, const LinearWeight& weight, uintptr_t x, int64_t x_stride,
@@ -223,7 +255,13 @@ void bind_linear(nb::module_& module, nb::class_<Context>& context) {
                                         values, scales, zeros, bias));
   }, nb::arg("format"), nb::arg("panels"), nb::arg("rows"), nb::arg("columns"),
      nb::arg("padded_columns"), nb::arg("group"), nb::arg("gated"), nb::arg("values"),
-     nb::arg("scales"), nb::arg("zeros"), nb::arg("bias"));
+     nb::arg("scales"), nb::arg("zeros"), nb::arg("bias"))
+      .def_static("blocks", &make_blocks, nb::kw_only(), nb::arg("panels"), nb::arg("rows"),
+                  nb::arg("columns"), nb::arg("padded_columns"), nb::arg("group"),
+                  nb::arg("gated"), nb::arg("bits"), nb::arg("planes"), nb::arg("table"),
+                  nb::arg("zero"), nb::arg("super"), nb::arg("wide_factors"), nb::arg("factors"),
+                  nb::arg("steps"), nb::arg("low_factors"), nb::arg("low_steps"), nb::arg("zeros"),
+                  nb::arg("bias"));
   context.def("linear", &multiply)
       .def("rows_of", &rows_of)
       .def("rms_norm", &rms_norm)

@@ -31,15 +31,25 @@ struct Visible {
 
 INLINE Visible visible_slots(const AttentionTask& task, int64_t row, int64_t first, int64_t count) {
   const int64_t own = task.first_slot + row / task.ratio - first;
+  if (!task.causal) return {0, count};
   const int64_t end = own < 0 ? 0 : least(count, own + 1);
   const int64_t begin = task.window > 0 ? own + 1 - task.window : 0;
   return {begin < 0 ? 0 : least(begin, end), end};
+}
+
+// softcap * tanh(score / softcap) of a score that is a power of two already.
+INLINE float capped(float score, float softcap) {
+  const float cap = softcap * kLog2E;
+  const float x = score * (2.0f * kLog2E / cap);
+  return cap - 2.0f * cap / (power_of_two(x > 126.0f ? 126.0f : x) + 1.0f);
 }
 
 // Scores of a row and block, as powers of two: factors applied, and hidden ones -inf.
 INLINE void finish_scores(const AttentionTask& task, int64_t row, int64_t first, int64_t count,
                           const float* factors, float* scores) {
   for (int64_t j = 0; j < kKeyBlock; ++j) scores[j] *= factors[j];
+  if (task.softcap > 0.0f)
+    for (int64_t j = 0; j < kKeyBlock; ++j) scores[j] = capped(scores[j], task.softcap);
   const Visible seen = visible_slots(task, row, first, count);
   for (int64_t j = 0; j < seen.begin; ++j) scores[j] = -kInfinity;
   for (int64_t j = seen.end; j < kKeyBlock; ++j) scores[j] = -kInfinity;
@@ -65,6 +75,13 @@ INLINE __m512 power_of_two(__m512 x) {
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314696704e-1f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
   return _mm512_scalef_ps(p, n);
+}
+
+INLINE __m512 capped(__m512 score, float softcap) {
+  const float cap = softcap * kLog2E;
+  const __m512 x = _mm512_mul_ps(score, _mm512_set1_ps(2.0f * kLog2E / cap));
+  const __m512 below = _mm512_add_ps(power_of_two(x), _mm512_set1_ps(1.0f));
+  return _mm512_sub_ps(_mm512_set1_ps(cap), _mm512_div_ps(_mm512_set1_ps(2.0f * cap), below));
 }
 
 #endif
@@ -98,6 +115,10 @@ INLINE void softmax(const AttentionTask& task, int64_t row, int64_t first, int64
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j)
     p[j] = _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * j), _mm512_load_ps(factors + 16 * j));
+  if (task.softcap > 0.0f) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) p[j] = capped(p[j], task.softcap);
+  }
   const Visible seen = visible_slots(task, row, first, count);
   if (seen.begin > 0 || seen.end < kKeyBlock) {
     const uint64_t below = seen.end < kKeyBlock ? (uint64_t{1} << seen.end) - 1 : ~uint64_t{0};

@@ -67,7 +67,7 @@ INLINE void load_scales(const LinearWeight& weight, int64_t panel, int64_t group
 }
 
 INLINE int symmetric_zero(const LinearWeight& weight) {
-  return weight.format == Format::w8a8 ? 128 : 8;
+  return weight.format == Format::w8a8 ? 128 : weight.format == Format::w4a8 ? 8 : weight.blocks.zero;
 }
 
 // One block of an integer product: some rows of activations times some panels of a weight.

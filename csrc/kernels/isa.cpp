@@ -28,6 +28,7 @@ namespace {
 #include "blocks_tiles.inl"
 #endif
 #include "multiply.inl"
+#include "block_formats.inl"
 #include "rows.inl"
 #include "linear.inl"
 #include "scale_search.inl"

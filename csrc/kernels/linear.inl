@@ -9,6 +9,7 @@ INLINE int64_t panels_at_once(int64_t rows) { return rows <= kNarrowRows ? kMost
 
 static size_t linear_scratch(const LinearWeight& weight, int64_t rows) {
   size_t bytes = kRowsAtOnce * kMostPanels * kPanel * sizeof(float);
+  if (weight.format == Format::blocks) return bytes + sizeof(BlockChunk);
 #if HEADRACE_LEVEL >= 4
   if (rows > kNarrowRows && weight.format == Format::w4a8)
     bytes += static_cast<size_t>(2 * weight.padded_columns * kPanel);
@@ -102,7 +103,7 @@ static void linear(const LinearCall& call, int64_t begin, int64_t end, std::byte
   auto* c = reinterpret_cast<float*>(scratch);
   const int64_t at_once = panels_at_once(call.rows), c_stride = at_once * kPanel;
 #if HEADRACE_LEVEL >= 4
-  const bool with_tiles = call.rows > kNarrowRows;
+  const bool with_tiles = call.rows > kNarrowRows && weight.format != Format::blocks;
   uint8_t* widened = reinterpret_cast<uint8_t*>(c + kRowsAtOnce * kMostPanels * kPanel);
   if (with_tiles) configure_tiles(weight.format == Format::bf16 ? 64 : static_cast<int>(least(weight.group, 64)));
 #endif
@@ -135,6 +136,9 @@ static void linear(const LinearCall& call, int64_t begin, int64_t end, std::byte
                       weight.panel_bytes() / 2, c + m * c_stride, c_stride, false);
           m += count;
         }
+      else if (weight.format == Format::blocks)
+        multiply_blocks(weight, x, panel, panels, row, rows, c, c_stride,
+                        *reinterpret_cast<BlockChunk*>(c + kRowsAtOnce * kMostPanels * kPanel));
       else if (weight.format == Format::w8a8)
         multiply_integer<false>(weight, x, panel, panels, row, rows, c, c_stride);
       else

@@ -82,7 +82,7 @@ static void prepare(const LinearCall& call, int64_t begin, int64_t end) {
       continue;
     }
     const uint16_t* source = call.norm != nullptr ? halves : x;
-    const int64_t shared = weight.format == Format::w4a8 ? kActivationGroup : weight.group;
+    const int64_t shared = weight.format == Format::w8a8 ? weight.group : kActivationGroup;
     Step step{};
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = g * weight.group;
@@ -91,12 +91,20 @@ static void prepare(const LinearCall& call, int64_t begin, int64_t end) {
       const int32_t sum = quantize_group(source + first, least(weight.group, left), weight.group,
                                          step, to.bytes + row * to.stride + first);
       to.scales[row * groups + g] = step.value;
-      to.offsets[row * groups + g] = weight.zeros != nullptr ? -sum : -sum * symmetric_zero(weight);
+      to.offsets[row * groups + g] = weight.blocks.low_factors != nullptr ? sum
+                                     : weight.zeros != nullptr            ? -sum
+                                                               : -sum * symmetric_zero(weight);
     }
   }
 }
 
 static void rows_of(const LinearWeight& weight, const int64_t* ids, int64_t count, uint16_t* out) {
+  if (weight.format == Format::blocks) {
+    BlockChunk chunk;
+    for (int64_t i = 0; i < count; ++i)
+      row_of_blocks(weight, ids[i] / kPanel, ids[i] % kPanel, chunk, out + i * weight.columns);
+    return;
+  }
   const int64_t groups = weight.groups();
   for (int64_t i = 0; i < count; ++i) {
     const int64_t panel = ids[i] / kPanel, lane = ids[i] % kPanel;

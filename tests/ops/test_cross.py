@@ -109,7 +109,7 @@ class TestMergeAttention:
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """One query ``[1, heads, width]`` and all keys ``[S, width]``."""
-        return reference.attend_causally(q, k, v, AttentionSpec(q.shape[-1] ** -0.5))[:2]
+        return reference.attend_densely(q, k, v, AttentionSpec(q.shape[-1] ** -0.5))[:2]
 
     @pytest.mark.parametrize("spread", [0.1, 1.0, 30.0])
     @pytest.mark.parametrize("heads", [1, 6])

@@ -6,6 +6,28 @@ def known_isas() -> list[str]: ...
 def supported_isas() -> list[str]: ...
 
 class LinearWeight:
+    @staticmethod
+    def blocks(
+        *,
+        panels: int,
+        rows: int,
+        columns: int,
+        padded_columns: int,
+        group: int,
+        gated: bool,
+        bits: tuple[int, int],
+        planes: tuple[int, int],
+        table: int,
+        zero: int,
+        super: int,
+        wide_factors: bool,
+        factors: int,
+        steps: int,
+        low_factors: int,
+        low_steps: int,
+        zeros: int,
+        bias: int,
+    ) -> LinearWeight: ...
     def __init__(
         self,
         format: str,
@@ -125,7 +147,9 @@ class Context:
         cos: int,
         sin: int,
         scale: float,
+        softcap: float,
         window: int,
+        causal: bool,
         out: int,
         lse: int,
         sums: int,

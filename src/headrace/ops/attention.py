@@ -22,28 +22,30 @@ from headrace.ops.paged import (
 from headrace.ops.reference import merge_attention, rotate
 
 DenseKernel = Callable[
-    [Tensor, Tensor, Tensor, float, "Tensor | None", bool], tuple[Tensor, Tensor]
+    [Tensor, Tensor, Tensor, AttentionSpec, "Tensor | None", bool], tuple[Tensor, Tensor]
 ]
-"""(q, k, v, scale, additive mask, causal) -> (out, log-sum-exp); ``[B, heads, T, width]``, with
+"""(q, k, v, spec, additive mask, causal) -> (out, log-sum-exp); ``[B, heads, T, width]``, with
 fewer heads in k and v than in q where queries share them. The mask is ``[B, 1, T, S]``; B and T
-may be 1."""
+may be 1. Of the specification, scale and soft cap are read."""
 
 _SCORES_AT_ONCE = 1 << 26
 """Scores that the matmul kernel holds: longer chunks go in parts, so that memory is bounded."""
 
 
 def flash_kernel(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """FlashAttention on the CPU, through torch."""
+    """FlashAttention on the CPU, through torch; what it does not take goes another way."""
+    if spec.softcap is not None or q.shape[-1] != v.shape[-1]:
+        return matmul_kernel(q, k, v, spec, mask, causal)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        q, k, v, 0.0, causal, attn_mask=mask, scale=spec.scale
     )
     return out, lse
 
 
 def matmul_kernel(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Batched matrix products with an explicit softmax between them, on any device."""
     batch, heads, length, _ = q.shape
@@ -52,7 +54,9 @@ def matmul_kernel(
     for start in range(0, length, count):
         part = q[:, :, start : start + count]
         seen = start + part.shape[2] if causal else k.shape[2]
-        scores = _scores(part, k[:, :, :seen]).mul_(scale)
+        scores = _scores(part, k[:, :, :seen]).mul_(spec.scale)
+        if spec.softcap is not None:
+            scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
         if mask is not None:
             scores += mask[:, :, start : start + count] if mask.shape[2] > 1 else mask
         if causal:
@@ -61,7 +65,8 @@ def matmul_kernel(
         lse = torch.logsumexp(scores, dim=-1)
         weights = scores.sub_(lse.unsqueeze(-1)).exp_().to(v.dtype)
         by_kv_head = weights.view(batch, v.shape[1], -1, seen)
-        outs.append(torch.matmul(by_kv_head, v[:, :, :seen]).view(*part.shape))
+        out = torch.matmul(by_kv_head, v[:, :, :seen])
+        outs.append(out.view(*part.shape[:-1], v.shape[-1]))
         lses.append(lse)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
@@ -260,59 +265,69 @@ class PagedAttention(Attention[PagedPlan]):
             raise ValueError("attention on dense kernels does not sum scores")
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k = _store(cache.keys, plan, k)
-        v = _store(cache.values, plan, v)
+        width = spec.value_width
+        v = _store(cache.values, plan, v) if width is None else k[..., :width]
         if spec.window not in plan.by_window:
             arranged = self._arrange(plan.shape, cache.keys.block_size, spec.window)
             plan.by_window[spec.window] = arranged
         rows = plan.by_window[spec.window]
         if rows.whole and rows.singles:
-            return self._attend_singles(q, cache, spec.scale, rows.singles[0])
+            return self._attend_singles(q, cache, spec, rows.singles[0])
         if rows.whole:
-            return self._attend_chunks(q, k, v, cache, spec.scale, rows.chunks[0])
-        out = torch.empty_like(q)
+            return self._attend_chunks(q, k, v, cache, spec, rows.chunks[0])
+        out = q.new_empty((*q.shape[:2], v.shape[-1]))
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         for single in rows.singles:
-            part = self._attend_singles(q[single.queries], cache, spec.scale, single)
+            part = self._attend_singles(q[single.queries], cache, spec, single)
             out[single.queries], lse[single.queries] = part
         for chunk in rows.chunks:
             where = slice(chunk.start, chunk.start + chunk.count * chunk.length)
-            part = self._attend_chunks(q[where], k[where], v[where], cache, spec.scale, chunk)
+            part = self._attend_chunks(q[where], k[where], v[where], cache, spec, chunk)
             out[where], lse[where] = part
         return out, lse
 
     def _attend_singles(
-        self, q: Tensor, cache: LayerCache, scale: float, rows: SingleQueries
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, rows: SingleQueries
     ) -> tuple[Tensor, Tensor]:
         """Queries that share a KV head become the kernel's query dimension."""
         batch, heads, width = q.shape
         grouped = q.reshape(batch, cache.keys.heads, heads // cache.keys.heads, width)
         key, value = (
-            x.view(len(x), batch, -1, width)[:, :, : rows.length].transpose(0, 1)
-            for x in _gather(cache, rows.pages, q.dtype)
+            x.view(len(x), batch, -1, x.shape[-1])[:, :, : rows.length].transpose(0, 1)
+            for x in _gather(cache, rows.pages, q.dtype, spec.value_width)
         )
-        out, lse = self._kernel(grouped, key, value, scale, rows.mask, False)
-        return out.reshape(batch, heads, width), lse.reshape(batch, heads)
+        out, lse = self._kernel(grouped, key, value, spec, rows.mask, False)
+        return out.reshape(batch, heads, -1), lse.reshape(batch, heads)
 
     def _attend_chunks(
-        self, q: Tensor, k: Tensor, v: Tensor, cache: LayerCache, scale: float, rows: QueryChunks
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: LayerCache,
+        spec: AttentionSpec,
+        rows: QueryChunks,
     ) -> tuple[Tensor, Tensor]:
         query, key, value = (
             x.reshape(rows.count, rows.length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
         )
-        out, lse = self._kernel(query, key, value, scale, rows.mask, rows.mask is None)
+        causal = spec.causal and rows.mask is None
+        out, lse = self._kernel(query, key, value, spec, rows.mask, causal)
         past = rows.past
         if past is not None:
             past_key, past_value = (
-                x[None, :, : past.length] for x in _gather(cache, past.pages, q.dtype)
+                x[None, :, : past.length]
+                for x in _gather(cache, past.pages, q.dtype, spec.value_width)
             )
             early = query[:, :, : past.queries]
-            before = self._kernel(early, past_key, past_value, scale, past.mask, False)
+            before = self._kernel(early, past_key, past_value, spec, past.mask, False)
             merged = merge_attention(out[:, :, : past.queries], lse[:, :, : past.queries], *before)
             if past.queries == rows.length:
                 out, lse = merged
             else:
                 out[:, :, : past.queries], lse[:, :, : past.queries] = merged
-        return out.transpose(1, 2).reshape(q.shape), lse.transpose(1, 2).reshape(q.shape[:2])
+        out = out.transpose(1, 2).reshape(*q.shape[:2], -1)
+        return out, lse.transpose(1, 2).reshape(q.shape[:2])
 
 
 def _store(plane: PagedPlane, plan: PagedPlan, entries: Tensor) -> Tensor:
@@ -326,10 +341,14 @@ def _store(plane: PagedPlane, plan: PagedPlan, entries: Tensor) -> Tensor:
     return (rounded * scales).to(entries.dtype)
 
 
-def _gather(cache: LayerCache, pages: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def _gather(
+    cache: LayerCache, pages: Tensor, dtype: torch.dtype, value_width: int | None
+) -> list[Tensor]:
     """Keys and values of whole pages in order, ``[heads, len(pages) * block_size, width]``."""
-    gathered = []
+    gathered: list[Tensor] = []
     for plane in (cache.keys, cache.values):
+        if gathered and value_width is not None:
+            return [*gathered, gathered[0][..., :value_width]]
         entries = plane.joined().transpose(0, 1).index_select(1, pages)
         if plane.scales is not None:
             scales = plane.scales.joined().transpose(0, 1).index_select(1, pages)

@@ -6,13 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.ops import reference
-from headrace.ops.packed_weight import BF16, PackedWeight, unpack, unpack_dense
+from headrace.ops.block_weight import BlockWeight, unpack_blocks
+from headrace.ops.packed_weight import (
+    ACTIVATION_GROUP,
+    BF16,
+    PackedWeight,
+    unpack,
+    unpack_dense,
+)
 
 _ROWS_AT_ONCE = 4096
 """Rows of a quantized weight that are in memory as fp32 at once."""
@@ -57,6 +65,10 @@ class Linear(ABC):
         """
 
     @abstractmethod
+    def ungated(self, x: Tensor, *, norm: RMSNorm | None = None) -> Tensor:
+        """Of a gated weight, gate and up as they are before the gate, ``[T, N]``."""
+
+    @abstractmethod
     def rows(self, ids: Tensor) -> Tensor:
         """Rows ``ids`` (int64 ``[T]``) of the weight, ``[T, K]`` in the compute dtype.
 
@@ -70,6 +82,9 @@ class LinearOps(ABC):
     Every implementation takes every format; those without a kernel for one inherit the
     reference's. Biases are ``[N]`` in the compute dtype.
     """
+
+    keeps_blocks: ClassVar[bool] = False
+    """Whether weights in blocks are multiplied as they are, and better kept so than dequantized."""
 
     @abstractmethod
     def dense(
@@ -88,6 +103,10 @@ class LinearOps(ABC):
     @abstractmethod
     def packed(self, weight: PackedWeight, bias: Tensor | None = None) -> Linear:
         """A packed weight; its tensors are kept as they are, since they may view a file."""
+
+    @abstractmethod
+    def blocks(self, weight: BlockWeight, bias: Tensor | None = None) -> Linear:
+        """A weight in planes of bits; activations are int8, a scale for every 256 columns."""
 
 
 def quantize_activations(x: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
@@ -138,6 +157,11 @@ class ReferenceLinear(LinearOps):
         rows = partial(self.dequantize_rows, weight=weight)
         return ComposedLinear(self, multiply, rows, weight.gated, weight.num_bytes)
 
+    def blocks(self, weight: BlockWeight, bias: Tensor | None = None) -> Linear:
+        multiply = partial(self.multiply_blocks, weight=weight, bias=bias)
+        rows = partial(self.dequantize_blocks, weight=weight)
+        return ComposedLinear(self, multiply, rows, weight.gated, weight.num_bytes)
+
     def ready(self, weight: Tensor) -> Tensor:
         """A dense weight ``[N, K]`` as ``multiply`` takes it; here unchanged."""
         return weight
@@ -165,6 +189,22 @@ class ReferenceLinear(LinearOps):
         ]
         product = torch.cat(parts, 1)
         return product if bias is None else product + bias
+
+    def multiply_blocks(self, x: Tensor, weight: BlockWeight, bias: Tensor | None) -> Tensor:
+        """The product of what both stand for, activations rounded to int8, in fp32."""
+        values, scales = quantize_activations(x, ACTIVATION_GROUP)
+        wide = scales.repeat_interleave(ACTIVATION_GROUP, 1)[:, : weight.columns]
+        rounded = values.float() * wide
+        parts = [
+            F.linear(rounded, unpack_blocks(weight, rows).dequantize(weight.layout))
+            for rows in torch.arange(weight.rows, device=x.device).split(_ROWS_AT_ONCE)
+        ]
+        product = torch.cat(parts, 1)
+        return product if bias is None else product + bias
+
+    def dequantize_blocks(self, ids: Tensor, weight: BlockWeight) -> Tensor:
+        """Rows ``ids`` in the compute dtype."""
+        return unpack_blocks(weight, ids).dequantize(weight.layout).to(self._dtype)
 
     def dequantize_rows(self, ids: Tensor, weight: PackedWeight) -> Tensor:
         """Rows ``ids`` of a packed weight in the compute dtype."""
@@ -210,6 +250,9 @@ class ComposedLinear(Linear):
         if residual is not None:
             out = residual + out
         return out.to(out_dtype or x.dtype)
+
+    def ungated(self, x: Tensor, *, norm: RMSNorm | None = None) -> Tensor:
+        return self._multiply(x if norm is None else self._ops.rms_norm(x, norm)).to(x.dtype)
 
     def rows(self, ids: Tensor) -> Tensor:
         if self._lookup is None:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from headrace.ops import _native
 
 
+MOST_WIDTH = 256
+"""Of a head."""
+
+
 @dataclass(slots=True)
 class NativePlan:
     """The rows of a step, and how many slots the score sums of a KV head take."""
@@ -29,7 +33,8 @@ class NativePlan:
 class NativeAttention(Attention[NativePlan]):
     """FlashAttention over pages, in bfloat16, for caches of bfloat16 or int8.
 
-    Takes what ``Attention`` takes: KV heads in groups, windows, score sums.
+    Takes what ``Attention`` takes: KV heads in groups, windows, soft caps, score sums. Values must
+    be a plane of their own, as wide as the keys.
 
     Args:
         context: kernels and threads.
@@ -41,6 +46,11 @@ class NativeAttention(Attention[NativePlan]):
         self._module = module
         self._context = context
         self._caches: WeakKeyDictionary[LayerCache, _native.LayerCache] = WeakKeyDictionary()
+
+    def takes(self, cache: LayerCache) -> bool:
+        keys, values = cache.keys, cache.values
+        narrow = keys.width % 2 == 0 and keys.width <= MOST_WIDTH
+        return values is not keys and values.width == keys.width and narrow
 
     def plan(self, shape: StepShape, plane: PagedPlane) -> NativePlan:
         lengths, past, head_group = (
@@ -123,7 +133,9 @@ class NativeAttention(Attention[NativePlan]):
             cos.data_ptr(),
             sin.data_ptr(),
             spec.scale,
+            spec.softcap or 0.0,
             spec.window or 0,
+            spec.causal,
             out.data_ptr(),
             lse.data_ptr(),
             sums,

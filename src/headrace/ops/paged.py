@@ -91,7 +91,7 @@ class PagedPlane:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LayerCache:
-    """The planes of one layer that attention writes and reads."""
+    """The planes of one layer that attention writes and reads; one may be both."""
 
     keys: PagedPlane
     values: PagedPlane
@@ -117,10 +117,18 @@ class AttentionSpec:
     Args:
         scale: factor of the scores.
         window: a query sees only the last so many slots, its own included; ``None``: all.
+        softcap: scores are ``softcap * tanh(scaled / softcap)`` (Gemma 2, section 2).
+        causal: queries see nothing behind themselves; else a row sees all of its slots, and must
+            come in one step.
+        value_width: values are the first so many elements of the keys, whose plane is both
+            (DeepSeek-V2, section 2.1); ``None``: they have a plane of their own.
     """
 
     scale: float
     window: int | None = None
+    softcap: float | None = None
+    causal: bool = True
+    value_width: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +184,10 @@ class StepShape:
 class Attention(ABC, Generic[Plan]):
     """Paged attention: ``plan`` once per step and cache group, ``attend`` once per layer."""
 
+    def takes(self, cache: LayerCache) -> bool:
+        """Whether this version attends to such a cache."""
+        return True
+
     @abstractmethod
     def plan(self, shape: StepShape, plane: PagedPlane) -> Plan:
         """Arrange the rows of a step; ``plane`` is any plane of keys of the group.
@@ -203,7 +215,8 @@ class Attention(ABC, Generic[Plan]):
 
         Args:
             q: ``[T, heads, width]``; k, v: ``[T, kv_heads, width]``: not rotated, rows of a step
-                one after another, entries (the last dimension) contiguous, in one dtype.
+                one after another, entries (the last dimension) contiguous, in one dtype. Where
+                values are a part of the keys, v is not looked at.
             cos, sin: of each position, ``[T, width / 2]`` in q's dtype; halves are pairs.
             score_sums: receives, in fp32 ``[kv_heads, S]``, the attention that each slot got: its
                 probability summed over the row's queries and the query heads of the KV head. A
@@ -212,7 +225,7 @@ class Attention(ABC, Generic[Plan]):
                 smaller one is left as it is.
 
         Returns:
-            ``[T, heads, width]`` in q's dtype, and the log-sum-exp of the scaled scores,
+            ``[T, heads, width of values]`` in q's dtype, and the log-sum-exp of the scores,
             ``[T, heads]`` in fp32.
 
         Raises:

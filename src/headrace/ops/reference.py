@@ -64,6 +64,16 @@ def merge_attention(
     return (out_a.float() * weight_a + out_b.float() * weight_b).to(out_a.dtype), lse
 
 
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Attention ``[T, heads, width]`` as it is with one more key per head that has no value.
+
+    ``sinks`` ``[heads]`` are the scores of those keys, ``lse`` ``[T, heads]`` the log-sum-exp of
+    all others (gpt-oss model card, section 2.2; StreamingLLM, section 3.3).
+    """
+    share = torch.sigmoid(lse - sinks.float())
+    return (out.float() * share.unsqueeze(-1)).to(out.dtype)
+
+
 @dataclass(slots=True)
 class ReferencePlan:
     """The shape of the step; per group the pages and slots ``[T]`` to write, and per group and
@@ -117,47 +127,60 @@ class ReferenceAttention(Attention[ReferencePlan]):
         contexts, score_starts = shape.contexts, shape.score_starts
         query, key = rotate(q, cos, sin).float(), rotate(k, cos, sin)
         by_kv_head = query.view(len(q), kv_heads, -1, q.shape[-1])
-        out = torch.empty_like(by_kv_head)
+        width = spec.value_width or v.shape[-1]
+        out = by_kv_head.new_empty((*by_kv_head.shape[:3], width))
         lse = torch.empty(by_kv_head.shape[:3], dtype=torch.float32, device=q.device)
         for head, group in enumerate(shape.head_group.tolist()):
             pages, slots = plan.places[group]
             cache.keys.write(head, pages, slots, key[:, head])
-            cache.values.write(head, pages, slots, v[:, head])
+            if spec.value_width is None:
+                cache.values.write(head, pages, slots, v[:, head])
             start = 0
             for row, length in enumerate(shape.lengths.tolist()):
                 pages, context = plan.pages[group][row], int(contexts[group, row])
                 rows = slice(start, start + length)
-                out[rows, head], lse[rows, head], weights = attend_causally(
-                    by_kv_head[rows, head],
-                    cache.keys.read(head, pages)[:context],
-                    cache.values.read(head, pages)[:context],
-                    spec,
+                # What lies before the window of the first query may be another's by now.
+                seen = context if spec.window is None else min(context, length + spec.window - 1)
+                passed = context - seen
+                page, skipped = divmod(passed, cache.keys.block_size)
+                key_seen, value_seen = (
+                    plane.read(head, pages[page:])[skipped : skipped + seen]
+                    for plane in (cache.keys, cache.values)
+                )
+                out[rows, head], lse[rows, head], weights = attend_densely(
+                    by_kv_head[rows, head], key_seen, value_seen[:, :width], spec
                 )
                 if score_sums is not None:
                     first = int(score_starts[group, row])
-                    score_sums[head, first : first + context] = weights.sum(dim=(0, 1))
+                    score_sums[head, first : first + passed] = 0.0
+                    score_sums[head, first + passed : first + context] = weights.sum(dim=(0, 1))
                 start += length
-        return out.view(q.shape).to(q.dtype), lse.view(q.shape[:2])
+        return out.view(*q.shape[:2], -1).to(q.dtype), lse.view(q.shape[:2])
 
 
-def attend_causally(
+def attend_densely(
     q: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The last ``len(q)`` positions of a context attend to everything up to themselves.
+
+    Where the specification is not causal, to everything.
 
     Args:
         q: ``[T, heads, width]``; key, value: ``[S, width]``, shared by all heads.
 
     Returns:
-        ``[T, heads, width]``, the log-sum-exp ``[T, heads]``, the probabilities ``[T, heads, S]``.
+        ``[T, heads, width of values]``, the log-sum-exp ``[T, heads]``, the probabilities
+        ``[T, heads, S]``.
     """
     length, context = len(q), len(key)
     slot = torch.arange(context, device=q.device)
     distance = slot[context - length :, None] - slot
-    hidden = distance < 0
+    hidden = (distance < 0) & spec.causal
     if spec.window is not None:
         hidden |= distance >= spec.window
     scores = torch.matmul(q, key.transpose(0, 1)) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
     scores = scores.masked_fill(hidden.unsqueeze(1), -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.unsqueeze(-1))

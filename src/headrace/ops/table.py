@@ -13,6 +13,7 @@ from torch import Tensor
 from headrace.errors import ConfigurationError
 from headrace.ops import reference, torch_cpu
 from headrace.ops.attention import PagedAttention, flash_kernel, matmul_kernel
+from headrace.ops.chosen_attention import ChosenAttention
 from headrace.ops.device import DTYPES, Device
 from headrace.ops.extension import TORCH, open_context
 from headrace.ops.host import usable_cores
@@ -45,6 +46,7 @@ class Ops:
     batch_invariant: bool
     linears: LinearOps
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    silu_and_mul: Callable[[Tensor], Tensor]
     attention: Attention[Any]
     selection: Selection = field(default_factory=Selection)
     isa: str = TORCH
@@ -111,6 +113,7 @@ def make_ops(
         batch_invariant=batch_invariant,
         linears=torch_cpu.TorchCpuLinear(kind) if fast_cpu else ReferenceLinear(kind),
         rms_norm=torch_cpu.rms_norm if fast_cpu else reference.rms_norm,
+        silu_and_mul=torch_cpu.silu_and_mul if fast_cpu else reference.silu_and_mul,
         attention=attention,
         threads=count,
     )
@@ -124,7 +127,10 @@ def native_ops(context: _native.Context) -> Ops:
         batch_invariant=False,
         linears=NativeLinearOps(context),
         rms_norm=partial(native_rms_norm, context),
-        attention=NativeAttention(context),
+        silu_and_mul=torch_cpu.silu_and_mul,
+        attention=ChosenAttention(
+            [NativeAttention(context), PagedAttention(flash_kernel, "cpu", torch.bfloat16)]
+        ),
         selection=Selection(partial(native_highest, context), partial(native_lowest_kept, context)),
         isa=context.isa,
         threads=context.threads,

@@ -1,0 +1,62 @@
+"""Several versions of attention as one: each layer goes to the first that takes its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from headrace.ops.paged import Attention, AttentionSpec, LayerCache, PagedPlane, StepShape
+
+
+@dataclass(slots=True)
+class ChosenPlan:
+    """What the versions plan for, and the plans of those that were asked."""
+
+    shape: StepShape
+    plane: PagedPlane
+    made: dict[int, Any]
+
+
+class ChosenAttention(Attention[ChosenPlan]):
+    """The best version for each layer.
+
+    Args:
+        versions: the fastest first; the last takes every cache.
+    """
+
+    def __init__(self, versions: Sequence[Attention[Any]]) -> None:
+        self._versions = versions
+        self._choices: WeakKeyDictionary[LayerCache, int] = WeakKeyDictionary()
+
+    def _choose(self, cache: LayerCache) -> int:
+        chosen = self._choices.get(cache)
+        if chosen is None:
+            pairs = enumerate(self._versions)
+            chosen = next(index for index, version in pairs if version.takes(cache))
+            self._choices[cache] = chosen
+        return chosen
+
+    def plan(self, shape: StepShape, plane: PagedPlane) -> ChosenPlan:
+        return ChosenPlan(shape, plane, {})
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache,
+        spec: AttentionSpec,
+        plan: ChosenPlan,
+        score_sums: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        chosen = self._choose(cache)
+        version = self._versions[chosen]
+        if chosen not in plan.made:
+            plan.made[chosen] = version.plan(plan.shape, plan.plane)
+        return version.attend(q, k, v, cos, sin, cache, spec, plan.made[chosen], score_sums)
