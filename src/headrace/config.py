@@ -12,8 +12,8 @@ class EngineConfig:
     """Everything the engine can be told. Names follow vLLM's where it has one.
 
     Args:
-        model: directory, hub id, or ``None`` for the embedded model.
-        tokenizer: directory or hub id of another tokenizer; the model's own by default.
+        model: directory, GGUF file, hub id, or ``None`` for the embedded model.
+        tokenizer: directory, GGUF file or hub id of another tokenizer; the model's own by default.
         revision: branch, tag or commit of a hub id.
         download_dir: where hub files are cached; huggingface_hub's default if ``None``.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -36,7 +36,8 @@ class EngineConfig:
             ("random-eviction:keep=0.25").
         kv_cache_memory_bytes: size of the KV arena; overrides ``memory_utilization``.
         memory_utilization: share of the memory that is free after loading the weights.
-        enable_prefix_caching: keep and share the pages of equal prefixes.
+        enable_prefix_caching: keep and share the pages of equal prefixes; ``None`` where the model
+            allows it.
         scheduling_policy: "fcfs" or "priority".
         seed: base of the seeds of requests that name none; drawn at random if ``None``.
         num_threads: threads of tensor operations; all cores the process may use if ``None``.
@@ -62,7 +63,7 @@ class EngineConfig:
     kv: str = "full"
     kv_cache_memory_bytes: int | None = None
     memory_utilization: float = 0.5
-    enable_prefix_caching: bool = True
+    enable_prefix_caching: bool | None = None
     scheduling_policy: str = "fcfs"
     seed: int | None = None
     num_threads: int | None = None
@@ -81,8 +82,9 @@ class EngineConfig:
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             ok = whole or (value is None and name in optional)
             self._check(name, ok, "must be an integer of at least 1")
-        for name in ("reference", "enable_prefix_caching"):
-            self._check(name, isinstance(getattr(self, name), bool), "must be true or false")
+        self._check("reference", isinstance(self.reference, bool), "must be true or false")
+        ok = self.enable_prefix_caching is None or isinstance(self.enable_prefix_caching, bool)
+        self._check("enable_prefix_caching", ok, "must be true, false or None")
         for name in ("device", "weights", "head_weights", "scheduling_policy", "isa", "kv"):
             self._check(name, isinstance(getattr(self, name), str), "must be a name")
         self._check("seed", self.seed is None or isinstance(self.seed, int), "must be an integer")

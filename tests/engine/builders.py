@@ -45,7 +45,7 @@ def make_accounting(
     share_prefixes: bool = True,
 ) -> CacheAccounting:
     """Accounting of ``pages`` pages in all."""
-    layout = make_layout(groups, block_size)
+    layout = make_layout((None,) * groups, block_size)
     return CacheAccounting(layout, pages, rows, 64, share_prefixes)
 
 

@@ -7,12 +7,16 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from headrace.contracts.kv_policy import KVPolicy, SealedPages
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.profile import Profile
 from headrace.contracts.step import (
     PageTables,
     PlanRow,
+    Pooling,
     RowResult,
     Runner,
     SampleState,
@@ -22,6 +26,8 @@ from headrace.contracts.step import (
 )
 from headrace.engine.engine import Engine
 from headrace.engine.sequence import Sequence, Status
+
+Vector = npt.NDArray[np.float32]
 
 History = int
 """Stands for everything that the keys and values of a slot depend on."""
@@ -71,6 +77,12 @@ def draw(history: History, seed: int, number: int, banned: SequenceOf[int], voca
     return token
 
 
+def pool(known: SequenceOf[History], pooling: Pooling) -> Vector:
+    """What the inputs of a row make of an embedding: that of one of them, or the sum over all."""
+    chosen = {"first": known[:1], "last": known[-1:], "mean": known}[pooling]
+    return np.array([sum(history % 1000 for history in chosen)], dtype=np.float32)
+
+
 def score(history: History, token: int) -> TokenLogprobs:
     """The log-probability of a known token after a history."""
     return TokenLogprobs(token, -1.0 - hash((history, token)) % 1000, 1, ())
@@ -85,10 +97,11 @@ def require(condition: bool, message: str, *details: object) -> None:
 class Fault:
     """What goes wrong in the coming step.
 
-    "submit" and "collect" raise there, "interrupt" is Ctrl-C, "rows" fails some rows alone.
+    "early", "submit" and "collect" raise there, "interrupt" is Ctrl-C, "rows" fails some rows
+    alone.
     """
 
-    kind: Literal["submit", "collect", "interrupt", "rows"]
+    kind: Literal["early", "submit", "collect", "interrupt", "rows"]
     rows: int = 1
     """Bits choose the rows; the first always fails."""
 
@@ -110,6 +123,8 @@ class Seen:
     resumed: int = 0
     dropped: int = 0
     """Pages that a policy had freed, counted in every step."""
+    passed: int = 0
+    """Slots before a window, counted in every step."""
     failed: set[str] = field(default_factory=set)
 
 
@@ -124,12 +139,18 @@ class CheckingRunner(Runner):
         engine: whose scheduler says what the sequences are.
         vocab: tokens are below it.
         policy: decides which sealed pages stay, the same ones whatever chunks a text came in.
+        causal: whether prompts may be fed in parts.
     """
 
     def __init__(
-        self, inner: Runner, engine: Engine, vocab: int, policy: KVPolicy | None = None
+        self,
+        inner: Runner,
+        engine: Engine,
+        vocab: int,
+        policy: KVPolicy | None = None,
+        causal: bool = True,
     ) -> None:
-        self._policy = policy
+        self._policy, self._causal = policy, causal
         self.seen = Seen()
         self.fault: Fault | None = None
         self.failed_requests: set[str] = set()
@@ -138,7 +159,10 @@ class CheckingRunner(Runner):
         self._vocab = vocab
         layout = engine.scheduler.accounting.layout
         self._size = layout.block_size
+        self._windows = [group.window for group in layout.groups]
         self._groups = range(len(layout.groups))
+        self._states: dict[int, History] = {}
+        self._has_states = bool(layout.states)
         self._pages = [[POISON] * self._size for _ in range(engine.stats().pages_total)]
         self._fed: dict[int, int] = {}
         self._resumed: dict[str, int] = {}
@@ -150,17 +174,20 @@ class CheckingRunner(Runner):
         fault, self.fault = self.fault, None
         running = {s.number: s for s in self._engine.scheduler.running}
         self._check_plan(plan, running)
-        self._copy(plan)
-        for page in plan.blank:
-            self._pages[page] = [BLANK] * self._size
-        written: set[tuple[int, int]] = set()
         failing = self._failing_rows(plan, fault)
-        for index, row in enumerate(plan.rows):
-            self._write(row, running[row.sequence], tables, written, index in failing)
         if fault is not None:
             self.seen.failed.add(fault.kind)
             requests = [running[plan.rows[index].sequence].request for index in failing]
             self.failed_requests = {request.request_id for request in requests}
+        if fault is not None and fault.kind == "early":
+            raise RuntimeError("injected before anything is done")
+        self._copy(plan)
+        self._copy_states(plan)
+        for page in plan.blank:
+            self._pages[page] = [BLANK] * self._size
+        written: set[tuple[int, int]] = set()
+        for index, row in enumerate(plan.rows):
+            self._write(row, running[row.sequence], tables, written, index in failing)
         if fault is not None and fault.kind == "submit":
             raise RuntimeError("injected into submit")
         results = [
@@ -196,6 +223,25 @@ class CheckingRunner(Runner):
         for source, target in plan.copies:
             self._pages[target] = list(self._pages[source])
 
+    def _copy_states(self, plan: StepPlan) -> None:
+        """The states of sequences that parted, whether or not they are in the plan."""
+        require(self._has_states or not plan.state_copies, "there are no states to copy", plan)
+        for source, target in plan.state_copies:
+            self._states[target] = self._states[source]
+
+    def _advance_state(self, row: PlanRow, sequence: Sequence, known: list[History]) -> None:
+        """The state has to be what the row has fed so far; it goes on with the step's inputs."""
+        if not self._has_states:
+            return
+        past = begin(sequence.request.profile)
+        if row.slot > 0:
+            require(row.table_row in self._states, "a row begins without its state", row)
+            past = self._states[row.table_row]
+        fed = sequence.num_fed
+        expected = known[fed - 1] if fed else begin(sequence.request.profile)
+        require(past == expected, "a wrong state is read", row, past, expected)
+        self._states[row.table_row] = known[fed + len(row.input_ids) - 1]
+
     def _write(
         self,
         row: PlanRow,
@@ -221,19 +267,27 @@ class CheckingRunner(Runner):
         new = range(sequence.num_fed, sequence.num_fed + len(row.input_ids))
         held = [*self._held(sequence), *new]
         expected = [Slot(sequence.token_ids[i], i, known[i]) for i in held]
-        for group in self._groups:
+        for group, window in enumerate(self._windows):
             count = -(-end // self._size)
             pages = tables[group, row.table_row, :count].tolist()
             slots = [slot for page in pages for slot in self._pages[page]]
-            require(slots[:end] == expected, "a wrong context is read", row, pages, slots)
+            first = 0 if window is None else max(0, row.slot + 1 - window)
+            self.seen.passed += first
+            read = slots[first:end]
+            require(read == expected[first:], "a wrong context is read", row, pages, slots)
             rest = set(slots[end:])
             require(rest <= {BLANK}, "padding holds something", row, pages, slots)
-        tokens = [self._sample(slots[end - 1].history, state) for state in row.samples]
+        self._advance_state(row, sequence, known)
+        tokens = [self._sample(expected[end - 1].history, state) for state in row.samples]
         scores = [
-            score(slots[row.slot + offset].history, token)
+            score(expected[row.slot + offset].history, token)
             for offset, token in enumerate(row.score_ids)
         ]
-        return RowResult(tokens, [None] * len(tokens), scores)
+        pooled = None
+        if row.pooling is not None:
+            fed = slice(sequence.num_fed, sequence.num_fed + len(row.input_ids))
+            pooled = pool(known[fed], row.pooling)
+        return RowResult(tokens, [None] * len(tokens), scores, pooled)
 
     def _held(self, sequence: Sequence) -> list[int]:
         """The tokens whose slots the sequence has before the step, in order."""
@@ -289,6 +343,10 @@ class CheckingRunner(Runner):
         require(sequence.token_ids == known, "tokens are lost", known, sequence.token_ids)
         require(list(row.input_ids) == known[start:end], "wrong inputs", row, known)
         require(row.positions == range(start, end), "wrong positions", row)
+        require(row.pooling == request.pooling, "wrong pooling", row)
+        require(row.adapter == request.profile.adapter, "a wrong adapter", row)
+        whole = start == 0 and end == len(known)
+        require(self._causal or whole, "a part of a prompt", row)
         samples = []
         if end == len(known) and request.max_tokens > 0:
             together = sequence.index == 0 and not state.output_token_ids

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
 from headrace.contracts.outputs import SequenceUpdate, TokenLogprobs
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
+from headrace.contracts.step import Pooling
 from headrace.engine.sequence import Request
 from headrace.errors import OverloadedError
 from headrace.kv.policies import make_kv_policy
@@ -17,10 +20,12 @@ from headrace.plan.simulation import simulated_engine
 from tests.engine.checking_runner import (
     CheckingRunner,
     Fault,
+    Vector,
     begin,
     draw,
     extend,
     histories,
+    pool,
     score,
 )
 
@@ -28,12 +33,16 @@ VOCAB = 11
 EOS = 0
 
 
-def make_layout(groups: int, block_size: int) -> CacheLayout:
-    """``groups`` cache groups of one layer each."""
+Windows = tuple[int | None, ...]
+"""The window of each cache group."""
+
+
+def make_layout(windows: Windows, block_size: int, states: bool = False) -> CacheLayout:
+    """Cache groups of one layer each, and a state if wanted."""
     planes = tuple(PlaneSpec(name, "slot", 1, 2, "float32") for name in ("key", "value"))
-    return CacheLayout(
-        block_size, tuple(CacheGroup((layer,), (planes,)) for layer in range(groups))
-    )
+    groups = [CacheGroup((i,), (planes,), window) for i, window in enumerate(windows)]
+    state = (len(groups), PlaneSpec("state", "sequence", 1, 2, "float32"))
+    return CacheLayout(block_size, tuple(groups), (state,) if states else ())
 
 
 @dataclass
@@ -42,7 +51,9 @@ class Setup:
 
     policy: str = "fcfs"
     prefix_caching: bool = True
-    groups: int = 1
+    windows: Windows = (None,)
+    """Of each cache group."""
+    states: bool = False
     block_size: int = 2
     pages: int = 12
     """Per group."""
@@ -51,6 +62,12 @@ class Setup:
     tokens: int = 8
     waiting: int = 6
     kv: str = "full"
+    causal: bool = True
+    """Whether it generates; else a step has room for any prompt."""
+
+    def __post_init__(self) -> None:
+        if not self.causal:
+            self.tokens = max(self.tokens, self.context)
 
 
 @dataclass
@@ -63,6 +80,7 @@ class Record:
     limit: int
     profile: Profile
     request: Request | None
+    pooling: Pooling | None = None
     tokens: list[list[int]] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -79,6 +97,14 @@ class Record:
         return self.params.n * (len(self.prompt) + self.limit)
 
 
+def embedding(record: Record) -> Vector | None:
+    """Of the prompt, if it was asked for."""
+    if record.pooling is None:
+        return None
+    pooled = pool(histories(record.profile, record.prompt), record.pooling)
+    return pooled / np.float32(len(record.prompt)) if record.pooling == "mean" else pooled
+
+
 class Harness:
     """One engine with a ``CheckingRunner``, and a record of every request.
 
@@ -89,7 +115,7 @@ class Harness:
         self.setup = setup
         config = EngineConfig(
             scheduling_policy=setup.policy,
-            enable_prefix_caching=setup.prefix_caching,
+            enable_prefix_caching=None if setup.prefix_caching else False,
             block_size=setup.block_size,
             max_num_seqs=setup.rows,
             max_num_batched_tokens=setup.tokens,
@@ -99,14 +125,16 @@ class Harness:
         policy = make_kv_policy(setup.kv)
         self.engine, self.clock = simulated_engine(
             config,
-            layout=make_layout(setup.groups, setup.block_size),
-            num_pages=setup.pages * setup.groups,
+            layout=make_layout(setup.windows, setup.block_size, setup.states),
+            num_pages=setup.pages * len(setup.windows),
             context=setup.context,
             vocab_size=VOCAB,
             eos_token_ids=(EOS,),
             kv_policy=policy,
+            causal=setup.causal,
         )
-        self.runner = CheckingRunner(self.engine.runner, self.engine, VOCAB, policy)
+        inner = self.engine.runner
+        self.runner = CheckingRunner(inner, self.engine, VOCAB, policy, setup.causal)
         self.engine.runner = self.runner
         self.records: dict[str, Record] = {}
         self.refused = self.aborted = self.failed = 0
@@ -132,13 +160,14 @@ class Harness:
         priority: int = 0,
         profile: Profile = EXACT,
         boundaries: tuple[int, ...] = (),
+        pooling: Pooling | None = None,
     ) -> Record | None:
         """Add a request; ``None`` when the queue is full. Prompt and output are cut to fit."""
         request_id = f"request-{len(self.records) + self.refused}"
         prompt = list(prompt)
         full = self.engine.stats().waiting >= self.setup.waiting
         assert self.engine.queue_is_full == full
-        limit = self.engine.check_request(prompt, params)
+        limit = self.engine.check_request(prompt, params, pooling)
         try:
             self.engine.add_request(
                 request_id,
@@ -147,6 +176,7 @@ class Harness:
                 priority=priority,
                 profile=profile,
                 boundaries=boundaries,
+                pooling=pooling,
             )
         except OverloadedError:
             assert full
@@ -154,7 +184,8 @@ class Harness:
             return None
         assert not full
         scheduled = {s.request.request_id: s.request for s in self.engine.scheduler.waiting}
-        record = Record(request_id, prompt, params, limit, profile, scheduled.get(request_id))
+        request = scheduled.get(request_id)
+        record = Record(request_id, prompt, params, limit, profile, request, pooling)
         record.tokens = [[] for _ in range(params.n)]
         record.reasons = [None] * params.n
         self.records[request_id] = record
@@ -278,6 +309,8 @@ class Harness:
             assert len(tokens) == record.limit
             assert not tokens or tokens[-1] not in ends
         assert not set(tokens[:-1]) & set(ends), "a sequence goes on past its end"
+        wanted = embedding(record) if update.finish_reason == "length" else None
+        assert np.array_equal(update.embedding, wanted)  # type: ignore[arg-type]
         if tokens:
             self._check_tokens(record, update.index)
 

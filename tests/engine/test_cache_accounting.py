@@ -38,7 +38,7 @@ def test_full_pages_are_sealed_and_the_rest_stays_in_the_tail() -> None:
     sequence = make_sequence(range(10))
     plan = feed(accounting, sequence)
     assert [run.key for run in sequence.runs] == [(0, 1, 2, 3), (4, 5, 6, 7)]
-    assert [len(tail) for tail in sequence.tail] == [1]
+    assert [len(column) for column in sequence.tail] == [1]
     assert plan.blank == sequence.tail[0] and plan.copies == []
     accounting.check_integrity([sequence])
 
@@ -187,5 +187,5 @@ def test_integrity_check_finds_damage() -> None:
         accounting.check_integrity([sequence])
     accounting.tables[0, sequence.table_row, 0] -= 1
     sequence.num_slots += 4
-    with pytest.raises(AssertionError, match="holds 2 pages"):
+    with pytest.raises(AssertionError, match="holds 2 columns"):
         accounting.check_integrity([sequence])

@@ -52,7 +52,7 @@ def make_engine(tokens: list[int], *, seed: int | None = 0, max_num_waiting: int
     drawn = iter(tokens)
     engine, _ = simulated_engine(
         EngineConfig(block_size=4, max_num_waiting=max_num_waiting, seed=seed),
-        layout=make_layout(1, 4),
+        layout=make_layout((None,), 4),
         num_pages=16,
         context=CONTEXT,
         vocab_size=VOCAB,
@@ -264,3 +264,15 @@ def test_times_of_a_step_are_reported() -> None:
     engine = make_engine([1])
     run(engine, max_tokens=1)
     assert engine.timings == {"plan": 0.0, "commit": 0.0}, "virtual time stands still meanwhile"
+
+
+def test_a_failed_step_loses_no_states_of_sequences_beside_it() -> None:
+    """Two parted before it, in which neither had a place: the copy of their state must come yet."""
+    harness = Harness(Setup(policy="priority", states=True, tokens=1))
+    assert harness.add([1], SamplingParams(n=2, max_tokens=4, ignore_eos=True))
+    harness.step()
+    urgent = harness.add([2], SamplingParams(max_tokens=2, ignore_eos=True), priority=-1)
+    assert urgent is not None
+    harness.step(Fault("early"))
+    assert urgent.reasons == ["error"] and len(harness.unfinished) == 1
+    harness.drain()

@@ -68,6 +68,7 @@ class Pair:
         self.tree, self.model = PrefixTree(SIZE), Model()
         self.holders: list[Holder] = []
         self.pages = 0
+        self.paths: dict[int, Path] = {}
 
     def start(self, profile: Profile, tokens: list[int], most: int) -> None:
         runs = self.tree.match(profile, tokens, most)
@@ -89,22 +90,24 @@ class Pair:
         self.pages += 1
         parent = holder.runs[-1] if holder.runs else self.tree.root(holder.profile)
         known = holder.path(len(holder.runs) + 1) in self.model.users
-        run = self.tree.insert(parent, key, (self.pages,))
+        run, spare = self.tree.insert(parent, key, (self.pages,))
         assert (run.pages == (self.pages,)) == (not known), "a known run keeps its pages"
+        assert spare == ([self.pages] if known else [])
         self._hold(holder, run)
+        self.paths.setdefault(run.pages[0], holder.path(len(holder.runs)))
 
     def release(self, holder: Holder) -> None:
         self.holders.remove(holder)
         for length in range(len(holder.runs), 0, -1):
-            assert not self.tree.drop(holder.runs[length - 1]), "a run of the tree stays there"
+            assert not self.tree.drop(holder.runs[length - 1]), "a run of the tree keeps its pages"
             self.model.drop(holder.path(length))
 
     def evict(self) -> None:
         if not self.model.idle_since:
             return
         profile, keys = self.model.evict()
-        run = self.tree.evict()
-        assert run.key == keys[-1] and run.users == 0
+        (page,) = self.tree.evict()
+        assert self.paths[page] == (profile, keys)
         assert not any(
             other[0] == profile and other[1][: len(keys)] == keys for other in self.model.users
         ), "a run is evicted before those that continue it"
@@ -114,9 +117,9 @@ class Pair:
         for holder in self.holders:
             for run in holder.runs:
                 users[run] = users.get(run, 0) + 1
-        self.tree.check_integrity(users)
+        self.tree.check_integrity(users, {})
         assert len(self.tree.runs()) == len(self.model.users)
-        assert self.tree.num_idle == len(self.model.idle_since)
+        assert self.tree.num_idle_pages == len(self.model.idle_since)
 
 
 token = st.integers(0, 1)
@@ -168,7 +171,7 @@ def test_equal_tokens_under_another_profile_are_not_found() -> None:
 
 def test_equal_tokens_after_other_tokens_are_not_found() -> None:
     tree = PrefixTree(SIZE)
-    first = tree.insert(tree.root(EXACT), (1, 2), (7,))
+    first, _ = tree.insert(tree.root(EXACT), (1, 2), (7,))
     tree.insert(first, (3, 4), (8,))
     assert tree.match(EXACT, [3, 4], 9) == []
     assert tree.match(EXACT, [9, 9, 3, 4], 9) == []
@@ -182,12 +185,69 @@ def test_a_page_of_fewer_tokens_is_never_matched() -> None:
 
 def test_integrity_check_finds_damage() -> None:
     tree = PrefixTree(SIZE)
-    run = tree.insert(tree.root(EXACT), (1, 2), (7,))
+    run, _ = tree.insert(tree.root(EXACT), (1, 2), (7,))
     with pytest.raises(AssertionError, match="users, not counted"):
-        tree.check_integrity({run: 1})
+        tree.check_integrity({run: 1}, {})
     tree._idle.clear()
     with pytest.raises(AssertionError, match="idle"):
-        tree.check_integrity({})
+        tree.check_integrity({}, {})
     tree._idle[run] = tree._idle[SealedRun((8,), (3, 4), run)] = None
     with pytest.raises(AssertionError, match="idle queue"):
-        tree.check_integrity({})
+        tree.check_integrity({}, {})
+
+
+class TestWindows:
+    """Pages of groups with a window come and go within their runs."""
+
+    @staticmethod
+    def tree() -> tuple[PrefixTree, SealedRun]:
+        """A tree with one run of a lasting page and one with a window."""
+        tree = PrefixTree(SIZE, (False, True))
+        run, spare = tree.insert(tree.root(EXACT), (1, 2), (7, 8))
+        assert spare == []
+        return tree, run
+
+    def test_the_window_is_evicted_while_the_run_is_held(self) -> None:
+        tree, run = self.tree()
+        tree.hold(run)
+        tree.hold_window(run)
+        assert tree.num_idle_pages == 0
+        assert tree.drop_window(run) == []
+        assert tree.num_idle_pages == 1
+        assert tree.evict() == [8] and not run.has_window
+        tree.check_integrity({run: 1}, {})
+
+    def test_what_was_idle_longer_goes_first(self) -> None:
+        tree, first = self.tree()
+        second, _ = tree.insert(first, (3, 4), (9, 10))
+        for run in (first, second):
+            tree.hold(run)
+            tree.hold_window(run)
+        for run in (second, first):
+            assert tree.drop(run) == tree.drop_window(run) == []
+        assert [tree.evict(), tree.evict()] == [[9, 10], [7, 8]]
+        assert tree.runs() == [] and tree.num_idle_pages == 0
+
+    def test_a_run_takes_back_what_it_lost(self) -> None:
+        tree, run = self.tree()
+        tree.hold(run)
+        assert tree.evict() == [8]
+        again, spare = tree.insert(tree.root(EXACT), (1, 2), (11, 12))
+        assert again is run and run.pages == (7, 12) and spare == [11] and run.has_window
+        tree.check_integrity({run: 1}, {})
+
+    def test_outside_the_tree_pages_are_free_at_once(self) -> None:
+        tree = PrefixTree(SIZE, (False, True))
+        run = tree.new_run((7, 8), (1, 2))
+        tree.hold(run)
+        tree.hold_window(run)
+        assert tree.drop_window(run) == [8]
+        assert tree.drop(run) == [7]
+
+    def test_integrity_check_finds_damage(self) -> None:
+        tree, run = self.tree()
+        with pytest.raises(AssertionError, match="users, not counted"):
+            tree.check_integrity({}, {run: 1})
+        run.has_window = False
+        with pytest.raises(AssertionError, match="idle windows"):
+            tree.check_integrity({}, {})

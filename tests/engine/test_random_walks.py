@@ -9,6 +9,7 @@ from collections import Counter
 
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
+from headrace.contracts.step import Pooling
 from tests.engine.checking_runner import Fault
 from tests.engine.harness import VOCAB, Harness, Setup
 
@@ -16,8 +17,8 @@ SETUPS = (
     Setup(pages=9, rows=4, tokens=6),
     Setup(policy="priority", pages=9, rows=4, tokens=6),
     Setup(policy="priority", pages=12, rows=1, tokens=4, waiting=4),
-    Setup(groups=2, pages=10, rows=5, tokens=9, block_size=3),
-    Setup(policy="priority", groups=2, pages=8, rows=4, tokens=5),
+    Setup(windows=(None, None), pages=10, rows=5, tokens=9, block_size=3),
+    Setup(policy="priority", windows=(None, None), pages=8, rows=4, tokens=5),
     Setup(prefix_caching=False, pages=9, rows=4, tokens=6),
     Setup(pages=10, rows=6, tokens=1),
     Setup(pages=12, rows=6, tokens=3),
@@ -26,8 +27,17 @@ SETUPS = (
     Setup(block_size=8, pages=6, rows=6, tokens=16),
     Setup(pages=16, rows=2, tokens=6),
     Setup(pages=9, rows=4, tokens=6, kv="random-eviction:keep=0.5"),
-    Setup(groups=2, pages=8, rows=5, tokens=9, kv="random-eviction:keep=0.2"),
+    Setup(windows=(None, None), pages=8, rows=5, tokens=9, kv="random-eviction:keep=0.2"),
+    Setup(windows=(None, 5), pages=9, rows=4, tokens=6),
+    Setup(policy="priority", windows=(4,), pages=7, rows=5, tokens=5, block_size=3),
+    Setup(windows=(7, None, 7), pages=10, rows=5, tokens=9, block_size=1),
+    Setup(windows=(None, 6), states=True, pages=9, rows=4, tokens=6),
+    Setup(windows=(), states=True, rows=3, tokens=6),
+    Setup(states=True, pages=12, rows=6, tokens=3),
+    Setup(causal=False, pages=30, rows=4, tokens=24),
+    Setup(causal=False, policy="priority", pages=12, rows=2),
 )
+POOLING: tuple[Pooling, ...] = ("last", "mean", "first")
 ACTIONS = 1500
 
 SITUATIONS = (
@@ -46,6 +56,8 @@ SITUATIONS = (
     "aborted",
     "failed",
     "dropped",
+    "passed",
+    "embedded",
 )
 """Each must happen often. "mixed" steps feed chunks and single tokens together; "resumed" sequences
 feed tokens again after a preemption; "late_forks" had lost the shared prompt by then.
@@ -91,8 +103,13 @@ class Walk:
             ignore_eos=rng.random() < 0.7,
             prompt_logprobs=0 if rng.random() < 0.25 else None,
         )
-        profile = EXACT if rng.random() < 0.8 else Profile(salt="tenant")
-        self.harness.add(prompt, params, priority=rng.randint(-1, 1), profile=profile)
+        profile = EXACT if rng.random() < 0.8 else Profile(adapter="adapter@1")
+        pooling: Pooling | None = None
+        if not self.harness.setup.causal or rng.random() < 0.15:
+            params = SamplingParams(max_tokens=0)
+            pooling = rng.choice(POOLING)
+        priority = rng.randint(-1, 1)
+        self.harness.add(prompt, params, priority=priority, profile=profile, pooling=pooling)
 
     def act(self) -> None:
         rng, harness = self.random, self.harness
@@ -103,7 +120,7 @@ class Walk:
             harness.abort(rng.choice(harness.unfinished or list(harness.records.values())))
         elif chance < 0.38 and len(harness.engine.scheduler.running):
             # Ctrl-C ends everything, so it is rare: pages have to run out in between.
-            kind = rng.choice(("submit", "collect", "rows", "rows", "rows"))
+            kind = rng.choice(("early", "submit", "collect", "rows", "rows", "rows"))
             harness.step(Fault("interrupt" if rng.random() < 0.1 else kind, rng.getrandbits(5)))
         else:
             harness.step()
@@ -129,6 +146,11 @@ class Walk:
             late_forks=seen.late_forks,
             resumed=seen.resumed,
             dropped=seen.dropped,
+            passed=seen.passed,
+            embedded=sum(
+                record.pooling is not None and record.reasons == ["length"]
+                for record in self.harness.records.values()
+            ),
             **self.calls,
             **{f"fault_{kind}": 1 for kind in seen.failed},
         )
@@ -140,7 +162,7 @@ def test_nothing_is_lost_whatever_happens() -> None:
         happened.update(Walk(setup, seed).run())
     assert not {name: happened[name] for name in SITUATIONS if happened[name] < 20}
     assert {name for name in happened if name.startswith("fault_")} == {
-        f"fault_{kind}" for kind in ("submit", "collect", "interrupt", "rows")
+        f"fault_{kind}" for kind in ("early", "submit", "collect", "interrupt", "rows")
     }
 
 

@@ -16,17 +16,26 @@ from hypothesis.stateful import (
 
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
+from headrace.contracts.step import Pooling
 from tests.engine.checking_runner import Fault
 from tests.engine.harness import VOCAB, Harness, Setup
 
 PROFILES = (EXACT, Profile(salt="tenant"), Profile(adapter="adapter@1"))
-FAULTS = ("submit", "collect", "interrupt", "rows")
+FAULTS = ("early", "submit", "collect", "interrupt", "rows")
+
+
+def is_composable(setup: Setup) -> bool:
+    """Whether a model would be loaded so: a policy decides on all pages of a sequence."""
+    whole = setup.windows.count(None) == len(setup.windows) > 0 and not setup.states
+    return whole or (setup.kv == "full" and setup.causal)
+
 
 setups = st.builds(
     Setup,
     policy=st.sampled_from(("fcfs", "priority")),
     prefix_caching=st.booleans(),
-    groups=st.integers(1, 2),
+    windows=st.sampled_from(((None,), (None, None), (None, 5), (3,), (4, None, 4), ())),
+    states=st.booleans(),
     block_size=st.sampled_from((1, 2, 3, 4)),
     pages=st.integers(3, 14),
     context=st.integers(4, 24),
@@ -34,7 +43,8 @@ setups = st.builds(
     tokens=st.integers(1, 12),
     waiting=st.integers(1, 6),
     kv=st.sampled_from(("full", "random-eviction:keep=0.3", "random-eviction:keep=0.75")),
-)
+    causal=st.sampled_from((True, True, True, False)),
+).filter(is_composable)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -61,6 +71,7 @@ class EngineMachine(RuleBasedStateMachine):
         profile=st.sampled_from(PROFILES),
         seed=st.one_of(st.none(), st.integers(0, 3)),
         ends=st.lists(st.integers(1, 24), max_size=2),
+        pooling=st.sampled_from((None, None, None, "last", "mean", "first")),
     )
     def add(
         self,
@@ -77,6 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
         profile: Profile,
         seed: int | None,
         ends: list[int],
+        pooling: Pooling | None,
     ) -> None:
         context = self.harness.context
         prompt = (self.texts[text][: int(share * context)] + own)[: context - 1] or [1]
@@ -92,7 +104,18 @@ class EngineMachine(RuleBasedStateMachine):
             seed=seed,
         )
         boundaries = tuple(sorted({end for end in ends if end < len(prompt)}))
-        self.harness.add(prompt, params, priority=priority, profile=profile, boundaries=boundaries)
+        if not self.harness.setup.causal:
+            boundaries, pooling = (), pooling or "mean"
+        if pooling is not None:
+            params = SamplingParams(max_tokens=0)
+        self.harness.add(
+            prompt,
+            params,
+            priority=priority,
+            profile=profile,
+            boundaries=boundaries,
+            pooling=pooling,
+        )
 
     @rule(count=st.sampled_from((1, 1, 1, 2, 5)))
     def step(self, count: int) -> None:

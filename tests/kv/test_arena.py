@@ -11,8 +11,11 @@ from headrace.contracts.cache import (
     ALIGNMENT,
     CacheGroup,
     CacheLayout,
+    LayerState,
     PlaneSpec,
     attention_layout,
+    attention_state,
+    layout_of,
 )
 from headrace.kv.arena import KVArena
 from headrace.ops.device import DTYPES
@@ -236,11 +239,10 @@ def test_groups_of_layers() -> None:
     ) == layout(layers=6)
 
 
-def test_unequal_groups_are_refused() -> None:
+def test_groups_have_pages_of_the_largest_size() -> None:
     plane = PlaneSpec("key", "slot", 1, 4, "float32")
     one, two = CacheGroup((0,), ((plane,),)), CacheGroup((1,), ((plane, plane),))
-    with pytest.raises(ValueError, match="pages of one size"):
-        CacheLayout(BLOCK, (one, two))
+    assert CacheLayout(BLOCK, (one, two)).page_bytes == 2 * plane.page_bytes(BLOCK)
 
 
 def test_planes_may_differ() -> None:
@@ -251,3 +253,43 @@ def test_planes_may_differ() -> None:
     )
     arena = KVArena(CacheLayout(BLOCK, (CacheGroup((0,), (specs,)),)), PAGES, "cpu")
     assert_holds(arena, 0, 0, write(arena, 0, 0))
+
+
+class TestStates:
+    """What a layer keeps for whole sequences: an entry for each table row, outside the pages."""
+
+    ROWS = 4
+
+    @pytest.fixture
+    def arena(self) -> KVArena:
+        planes = (
+            PlaneSpec("short", "sequence", 2, 3, "float32"),
+            PlaneSpec("long", "sequence", 1, 5, "bfloat16"),
+        )
+        whole = layout_of([attention_state(1, 4, "float32"), LayerState(planes)], BLOCK)
+        return KVArena(whole, PAGES, "cpu", self.ROWS)
+
+    def test_planes(self, arena: KVArena) -> None:
+        states = arena.states(1)
+        assert {name: (tuple(s.shape), s.dtype) for name, s in states.items()} == {
+            "short": ((self.ROWS, 2, 3), torch.float32),
+            "long": ((self.ROWS, 1, 5), torch.bfloat16),
+        }
+        assert not any(bool(state.any()) for state in states.values())
+        assert arena.num_bytes == PAGES * arena.layout.page_bytes
+
+    def test_copies_come_one_after_another(self, arena: KVArena) -> None:
+        for state in arena.states(1).values():
+            for row in range(self.ROWS):
+                state[row] = row
+        arena.copy_states([(0, 1), (1, 2)])
+        for state in arena.states(1).values():
+            assert state.amax(dim=(1, 2)).tolist() == [0, 0, 0, 3]
+
+    def test_rows_begin_anew(self, arena: KVArena) -> None:
+        for state in arena.states(1).values():
+            state.fill_(torch.nan)
+        arena.clear_states([2, 0])
+        arena.clear_states([])
+        for state in arena.states(1).values():
+            assert state.isnan().any(dim=(1, 2)).tolist() == [False, True, False, True]

@@ -22,10 +22,11 @@ class CacheAccounting:
         num_pages: pages of the arena.
         num_rows: sequences that can hold pages at once (rows of the tables).
         max_slots: slots of one sequence at most.
-        share_prefixes: keep sealed runs in the prefix tree.
+        share_prefixes: keep sealed runs in the prefix tree. The layout must have no states: they
+            are known only at a sequence's end.
         policy: decides which sealed runs a sequence keeps; all if ``None``. What was computed
-            without a part of its past is never shared.
-        chunk: inputs of one step at most, which may be sealed before the policy is asked.
+            without a part of its past is never shared. The layout must have no windows.
+        chunk: inputs of one step at most, which may be sealed before pages are freed.
     """
 
     def __init__(
@@ -40,11 +41,15 @@ class CacheAccounting:
     ) -> None:
         self.layout = layout
         self.pool = PagePool(num_pages)
-        self.tree = PrefixTree(layout.block_size)
+        windowed = [group.window is not None for group in layout.groups]
+        self.tree = PrefixTree(layout.block_size, windowed)
         self._share = share_prefixes and policy is None
         self._policy = policy
-        self._chunk_pages = layout.pages_for(chunk)
-        self._groups = range(len(layout.groups))
+        self._chunk = chunk
+        self._columns_in_window = layout.columns_in_window(chunk)
+        self._windowed = np.flatnonzero(windowed)
+        self._num_groups = len(layout.groups)
+        self._state_copies: list[tuple[int, int]] = []
         shape = (len(layout.groups), num_rows, layout.pages_for(max_slots))
         self.tables: PageTables = np.zeros(shape, dtype=np.int32)
         self._free_rows = list(range(num_rows - 1, -1, -1))
@@ -57,7 +62,7 @@ class CacheAccounting:
     @property
     def num_cached(self) -> int:
         """Pages that only the prefix tree keeps."""
-        return self.tree.num_idle * len(self._groups)
+        return self.tree.num_idle_pages
 
     @property
     def num_free_rows(self) -> int:
@@ -70,31 +75,58 @@ class CacheAccounting:
         At least one token stays pending, since logits need an input; a request that wants the
         log-probabilities of its prompt has to compute it.
         """
-        if not self._share or sequence.request.num_unscored:
+        if not self._share or sequence.request.needs_all_inputs:
             return []
         limit = (len(sequence.token_ids) - 1) // self.layout.block_size
-        return self.tree.match(sequence.request.profile, sequence.token_ids, limit)
+        runs = self.tree.match(sequence.request.profile, sequence.token_ids, limit)
+        return runs if self.layout.window is None else runs[: self._readable(runs)]
+
+    def _readable(self, runs: list[SealedRun]) -> int:
+        """How many of the runs can be adopted: behind the last, all in the window are there."""
+        readable, unbroken = 0, 0
+        for count, run in enumerate(runs, 1):
+            unbroken = unbroken + 1 if run.has_window else 0
+            if count - self._first_in_window(count * self.layout.block_size) <= unbroken:
+                readable = count
+        return readable
+
+    def _first_in_window(self, slots: int) -> int:
+        """Of a sequence of ``slots`` slots, the first page that its next query may read."""
+        window = self.layout.window
+        return 0 if window is None else max(0, slots + 1 - window) // self.layout.block_size
 
     def pages_to_admit(self, sequence: Sequence, runs: list[SealedRun]) -> int:
         """Pages that must be available to adopt ``runs`` and hold all known tokens."""
-        known = self.layout.pages_for(len(sequence.token_ids))
+        new = self.layout.pages_for(len(sequence.token_ids)) - len(runs)
         if self._policy is not None:
-            known = min(known, self._policy.most_pages(known) + self._chunk_pages + 1)
-        idle = sum(run.users == 0 for run in runs)
-        return (known - len(runs) + idle) * len(self._groups)
+            most = self._policy.most_pages(new) + self.layout.pages_for(self._chunk) + 1
+            new = min(new, most)
+        windows = len(self._windowed)
+        lasting = new + sum(run.users == 0 for run in runs)
+        needed = lasting * (self._num_groups - windows)
+        if self._columns_in_window is not None:
+            readable = runs[self._first_in_window(len(runs) * self.layout.block_size) :]
+            passing = new + sum(run.window_users == 0 for run in readable)
+            needed += min(passing, self._columns_in_window) * windows
+        return needed
 
     def admit(self, sequence: Sequence, runs: list[SealedRun]) -> None:
         """Give a waiting sequence a table row and the runs that ``match`` found."""
         sequence.table_row = self._free_rows.pop()
-        sequence.tail = [[] for _ in self._groups]
-        for run in runs:
-            self._append_run(sequence, run)
+        sequence.tail = []
         slots = len(runs) * self.layout.block_size
+        sequence.num_passed = self._first_in_window(slots)
+        for index, run in enumerate(runs):
+            self._append_run(sequence, run, index >= sequence.num_passed)
         sequence.num_fed = sequence.num_slots = sequence.next_position = slots
 
-    def _append_run(self, sequence: Sequence, run: SealedRun) -> None:
+    def _append_run(self, sequence: Sequence, run: SealedRun, in_window: bool = True) -> None:
         self.tree.hold(run)
         self.tables[:, sequence.table_row, len(sequence.runs)] = run.pages
+        if in_window:
+            self.tree.hold_window(run)
+        else:
+            self.tables[self._windowed, sequence.table_row, len(sequence.runs)] = 0
         sequence.runs.append(run)
         sequence.ordinals.append(sequence.num_sealed)
         sequence.num_sealed += 1
@@ -104,10 +136,12 @@ class CacheAccounting:
 
         0 means that not one more slot can be had. Copies and blanks go into ``plan``.
         """
-        size, groups = self.layout.block_size, len(self._groups)
-        owned = len(sequence.runs) + len(sequence.tail[0])
+        size, groups = self.layout.block_size, self._num_groups
+        if groups == 0:
+            return count
+        owned = len(sequence.runs) + len(sequence.tail)
         room = owned * size - sequence.num_slots
-        shared = room > 0 and any(self.pool.references[tail[-1]] > 1 for tail in sequence.tail)
+        shared = room > 0 and any(self.pool.references[page] > 1 for page in sequence.tail[-1])
         if room >= count and not shared:
             return count
         affordable = self.num_available // groups - shared
@@ -119,32 +153,34 @@ class CacheAccounting:
         if shared:
             self._copy_on_write(sequence, plan)
         new = self.layout.pages_for(sequence.num_slots + count) - owned
-        partly_filled = (sequence.num_slots + count) % size != 0
         if new > 0:
-            for group, pages in enumerate(self._take_columns(new)):
-                sequence.tail[group] += pages
-                self.tables[group, sequence.table_row, owned : owned + new] = pages
-                if partly_filled:
-                    plan.blank.append(pages[-1])
+            columns = self._take_columns(new)
+            sequence.tail += columns
+            self.tables[:, sequence.table_row, owned : owned + new] = np.transpose(columns)
+            if (sequence.num_slots + count) % size != 0:
+                plan.blank += columns[-1]
         return count
 
     def _take_columns(self, count: int) -> list[list[int]]:
-        """``count`` pages for each group, evicting idle runs as far as needed."""
-        wanted = count * len(self._groups)
+        """``count`` times a page for each group, evicting what is idle as far as needed."""
+        wanted = count * self._num_groups
         while self.pool.num_free < wanted:
-            for page in self.tree.evict().pages:
-                self.pool.release(page)
-        return [self.pool.allocate(count) for _ in self._groups]
+            self._release_pages(self.tree.evict())
+        pages = self.pool.allocate(wanted)
+        return [pages[start::count] for start in range(count)]
+
+    def _release_pages(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            self.pool.release(page)
 
     def _copy_on_write(self, sequence: Sequence, plan: StepPlan) -> None:
-        """Replace the last, partly filled page by a copy that the sequence alone holds."""
-        last = len(sequence.runs) + len(sequence.tail[0]) - 1
-        for group, (page,) in enumerate(self._take_columns(1)):
-            tail = sequence.tail[group]
-            plan.copies.append((tail[-1], page))
-            self.pool.release(tail[-1])
-            tail[-1] = page
-            self.tables[group, sequence.table_row, last] = page
+        """Replace the last, partly filled column by a copy that the sequence alone holds."""
+        last = len(sequence.runs) + len(sequence.tail) - 1
+        (column,) = self._take_columns(1)
+        plan.copies += zip(sequence.tail[-1], column, strict=True)
+        self._release_pages(sequence.tail[-1])
+        sequence.tail[-1] = column
+        self.tables[:, sequence.table_row, last] = column
 
     def seal(self, sequence: Sequence) -> None:
         """Turn the pages of the tail that are full into runs.
@@ -154,20 +190,29 @@ class CacheAccounting:
         """
         size = self.layout.block_size
         while (len(sequence.runs) + 1) * size <= sequence.num_slots:
-            pages = tuple(tail.pop(0) for tail in sequence.tail)
+            pages = tuple(sequence.tail.pop(0)) if self._num_groups else ()
             start = sequence.num_sealed * size
             key = tuple(sequence.token_ids[start : start + size])
             if self._share:
                 parent = (
                     sequence.runs[-1] if sequence.runs else self.tree.root(sequence.request.profile)
                 )
-                run = self.tree.insert(parent, key, pages)
+                run, spare = self.tree.insert(parent, key, pages)
             else:
-                run = SealedRun(pages, key, None)
+                run, spare = self.tree.new_run(pages, key), []
             self._append_run(sequence, run)
-            if run.pages != pages:
-                for page in pages:
-                    self.pool.release(page)
+            self._release_pages(spare)
+        self._pass(sequence)
+
+    def _pass(self, sequence: Sequence) -> None:
+        """Let go of pages that the sequence has behind its window."""
+        if self.layout.window is None:
+            return
+        first = min(self._first_in_window(sequence.num_slots), len(sequence.runs))
+        for index in range(sequence.num_passed, first):
+            self._release_pages(self.tree.drop_window(sequence.runs[index]))
+            self.tables[self._windowed, sequence.table_row, index] = 0
+        sequence.num_passed = max(sequence.num_passed, first)
 
     def shrink(self, sequences: list[Sequence]) -> None:
         """Let the policy free sealed pages of sequences that have sealed some."""
@@ -186,41 +231,55 @@ class CacheAccounting:
                 kept.append((ordinal, run))
                 continue
             sequence.num_slots -= self.layout.block_size
-            if self.tree.drop(run):
-                for page in run.pages:
-                    self.pool.release(page)
+            self._release_pages(self.tree.drop(run))
         sequence.ordinals = [ordinal for ordinal, _ in kept]
         sequence.runs = [run for _, run in kept]
-        for group, tail in enumerate(sequence.tail):
-            pages = [run.pages[group] for run in sequence.runs] + tail
-            self.tables[group, sequence.table_row, : len(pages)] = pages
+        columns = [*(run.pages for run in sequence.runs), *sequence.tail]
+        if columns:
+            self.tables[:, sequence.table_row, : len(columns)] = np.transpose(columns)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let ``child`` share every page of ``parent``; writers copy the last one later."""
         child.table_row = self._free_rows.pop()
         self.tables[:, child.table_row] = self.tables[:, parent.table_row]
-        for run in parent.runs:
+        for index, run in enumerate(parent.runs):
             self.tree.hold(run)
-        for pages in parent.tail:
-            for page in pages:
+            if index >= parent.num_passed:
+                self.tree.hold_window(run)
+        for column in parent.tail:
+            for page in column:
                 self.pool.retain(page)
+        if self.layout.states:
+            self._state_copies.append((parent.table_row, child.table_row))
         child.runs = list(parent.runs)
         child.ordinals = list(parent.ordinals)
-        child.num_sealed = parent.num_sealed
-        child.tail = [list(pages) for pages in parent.tail]
+        child.num_sealed, child.num_passed = parent.num_sealed, parent.num_passed
+        child.tail = [list(column) for column in parent.tail]
         child.num_fed = parent.num_fed
         child.num_slots = parent.num_slots
         child.next_position = parent.next_position
 
+    def take_state_copies(self) -> list[tuple[int, int]]:
+        """(source, target) table rows whose states have to be copied before the next step."""
+        copies, self._state_copies = self._state_copies, []
+        return copies
+
+    def return_state_copies(self, copies: list[tuple[int, int]]) -> None:
+        """Those of a step that failed, and that may have executed them or not.
+
+        Of sequences that were in the step none is left, and states of the others are as before.
+        """
+        self._state_copies[:0] = copies
+
     def release(self, sequence: Sequence) -> None:
         """Take back everything the sequence holds; its sealed runs stay in the tree, idle."""
-        for pages in sequence.tail:
-            for page in pages:
-                self.pool.release(page)
-        for run in reversed(sequence.runs):
-            if self.tree.drop(run):
-                for page in run.pages:
-                    self.pool.release(page)
+        for column in sequence.tail:
+            self._release_pages(column)
+        for index in range(len(sequence.runs) - 1, -1, -1):
+            run = sequence.runs[index]
+            if index >= sequence.num_passed:
+                self._release_pages(self.tree.drop_window(run))
+            self._release_pages(self.tree.drop(run))
         self._free_rows.append(sequence.table_row)
         sequence.table_row = -1
         sequence.forget_cache()
@@ -229,29 +288,43 @@ class CacheAccounting:
         """Prove the accounting from the sequences that hold pages. Raises AssertionError."""
         holders = list(holders)
         users: dict[SealedRun, int] = {}
+        window_users: dict[SealedRun, int] = {}
         expected = [0] * self.pool.num_pages
         rows: set[int] = set()
         for sequence in holders:
             rows.add(sequence.table_row)
-            if len(sequence.ordinals) != len(sequence.runs):
-                raise AssertionError(f"sequence {sequence.number}: its runs are not numbered")
-            for run in sequence.runs:
+            self._check_sequence(sequence)
+            for index, run in enumerate(sequence.runs):
                 users[run] = users.get(run, 0) + 1
-            for group, pages in enumerate(sequence.tail):
-                for page in pages:
+                if self.layout.window is not None and index >= sequence.num_passed:
+                    window_users[run] = window_users.get(run, 0) + 1
+            for column in sequence.tail:
+                for page in column:
                     expected[page] += 1
-                table = [run.pages[group] for run in sequence.runs] + pages
-                actual = self.tables[group, sequence.table_row, : len(table)].tolist()
-                if actual != table:
-                    raise AssertionError(f"sequence {sequence.number}: its table row is wrong")
-                if len(table) != self.layout.pages_for(sequence.num_slots):
-                    raise AssertionError(f"sequence {sequence.number} holds {len(table)} pages")
         for run in {*users, *self.tree.runs()}:
-            for page in run.pages:
+            for page in self.tree.pages_of(run):
                 expected[page] += 1
         if len(rows) != len(holders) or rows & set(self._free_rows):
             raise AssertionError("two sequences share a table row")
         if len(rows) + len(self._free_rows) != self.tables.shape[1]:
             raise AssertionError("a table row leaked")
         self.pool.check_integrity(expected)
-        self.tree.check_integrity(users)
+        self.tree.check_integrity(users, window_users)
+
+    def _check_sequence(self, sequence: Sequence) -> None:
+        """Its runs, tail and table row agree."""
+        name = f"sequence {sequence.number}"
+        if len(sequence.ordinals) != len(sequence.runs):
+            raise AssertionError(f"{name}: its runs are not numbered")
+        held = [*(list(run.pages) for run in sequence.runs), *sequence.tail]
+        for column in held[: sequence.num_passed]:
+            for group in self._windowed.tolist():
+                column[group] = 0
+        if self._num_groups and len(held) != self.layout.pages_for(sequence.num_slots):
+            raise AssertionError(f"{name} holds {len(held)} columns of pages")
+        actual = self.tables[:, sequence.table_row, : len(held)].T.tolist()
+        if actual != held:
+            raise AssertionError(f"{name}: its table row is wrong")
+        first = self._first_in_window(sequence.num_slots)
+        if sequence.num_passed != min(first, len(sequence.runs)):
+            raise AssertionError(f"{name}: {sequence.num_passed} pages passed its window")

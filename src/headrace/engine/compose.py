@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheLayout
 from headrace.contracts.clock import Clock
@@ -16,13 +18,18 @@ from headrace.engine.scheduler import Scheduler
 from headrace.errors import ConfigurationError
 
 
-def fit_context(config: EngineConfig, layout: CacheLayout, num_pages: int, context: int) -> int:
+def fit_context(
+    config: EngineConfig, layout: CacheLayout, num_pages: int, context: int, chunk: int
+) -> int:
     """Tokens that one sequence may have: the model's ``context``, cut to what the pages hold.
+
+    ``chunk`` inputs may share a step.
 
     Raises:
         ConfigurationError: ``max_model_len`` was asked for and exceeds either of them.
     """
-    capacity = num_pages // len(layout.groups) * layout.block_size
+    needed = range(context + 1)
+    capacity = bisect_right(needed, num_pages, key=lambda n: layout.pages_to_hold(n, chunk)) - 1
     wanted = config.max_model_len
     if wanted is not None and wanted > context:
         raise ConfigurationError(
@@ -42,6 +49,25 @@ def fit_context(config: EngineConfig, layout: CacheLayout, num_pages: int, conte
     return fitted
 
 
+def shares_prefixes(config: EngineConfig, layout: CacheLayout, causal: bool) -> bool:
+    """Whether equal prefixes are computed once.
+
+    Raises:
+        ConfigurationError: that is asked for, and the model does not allow it.
+    """
+    reason = None
+    if not causal:
+        reason = "what this model computes for a token depends on those behind it"
+    elif layout.states:
+        reason = (
+            "layers of this model keep one recurrent state for a whole sequence, of which there "
+            "are no snapshots"
+        )
+    if config.enable_prefix_caching and reason is not None:
+        raise ConfigurationError(f"enable_prefix_caching: {reason}; leave the option out")
+    return config.enable_prefix_caching is not False and reason is None
+
+
 def compose_engine(
     config: EngineConfig,
     *,
@@ -53,14 +79,20 @@ def compose_engine(
     clock: Clock,
     text: TextStreamFactory | None = None,
     kv_policy: KVPolicy | None = None,
+    causal: bool = True,
 ) -> Engine:
-    """Wire policy, accounting, scheduler, runner and clock into an engine."""
+    """Wire policy, accounting, scheduler, runner and clock into an engine.
+
+    Args:
+        causal: whether a token is computed from those before it alone; else a prompt is fed whole,
+            and what it has in common with another is not shared.
+    """
     accounting = CacheAccounting(
         layout,
         num_pages,
         config.max_num_seqs,
         limits.max_model_len,
-        config.enable_prefix_caching,
+        shares_prefixes(config, layout, causal),
         kv_policy,
         max_num_batched_tokens,
     )
@@ -68,5 +100,6 @@ def compose_engine(
         make_policy(config.scheduling_policy),
         accounting,
         StepBudget(max_num_batched_tokens, config.max_num_seqs),
+        whole_prompts=not causal,
     )
     return Engine(scheduler, runner, clock, limits, text, config.seed)

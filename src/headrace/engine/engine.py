@@ -12,7 +12,7 @@ from headrace.contracts.outputs import FinishReason, SequenceUpdate, TokenLogpro
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.stats import EngineStats
-from headrace.contracts.step import RowResult, Runner, SampleState, StepPlan, StepResult
+from headrace.contracts.step import Pooling, RowResult, Runner, SampleState, StepPlan, StepResult
 from headrace.contracts.text import TextStreamFactory
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import Request, Sequence, Status
@@ -32,12 +32,14 @@ class EngineLimits:
         max_num_waiting: requests in the queue at most.
         vocab_size: token ids are below it.
         eos_token_ids: tokens that end a sequence unless ``ignore_eos``.
+        generates: whether the model predicts tokens; else it makes embeddings alone.
     """
 
     max_model_len: int
     max_num_waiting: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    generates: bool = True
 
 
 class Engine:
@@ -79,13 +81,22 @@ class Engine:
 
     # -- requests ---------------------------------------------------------------------------
 
-    def check_request(self, prompt_token_ids: SequenceOf[int], params: SamplingParams) -> int:
+    def check_request(
+        self,
+        prompt_token_ids: SequenceOf[int],
+        params: SamplingParams,
+        pooling: Pooling | None = None,
+    ) -> int:
         """The number of tokens the request may generate.
 
         Raises:
             InvalidRequestError: the prompt is empty or too long, ``max_tokens`` does not fit
-                behind it, or a token id is beyond the vocabulary.
+                behind it, a token id is beyond the vocabulary, or the model does not generate.
         """
+        if pooling is None and not self.limits.generates:
+            raise InvalidRequestError(
+                "model", "makes embeddings and generates nothing; ask for embeddings"
+            )
         length, context = len(prompt_token_ids), self.limits.max_model_len
         if length == 0:
             raise InvalidRequestError("prompt", "is empty; give at least one token")
@@ -122,12 +133,14 @@ class Engine:
         priority: int = 0,
         profile: Profile = EXACT,
         boundaries: tuple[int, ...] = (),
+        pooling: Pooling | None = None,
     ) -> None:
         """Queue a request; its updates come from later steps.
 
         Args:
             boundaries: counts of prompt tokens; what lies before one is fed, and sealed as far as
                 pages are full, before anything behind it.
+            pooling: an embedding is wanted, and ``max_tokens`` is 0.
 
         Raises:
             InvalidRequestError: see ``check_request``; or the id is in use.
@@ -137,7 +150,7 @@ class Engine:
             raise InvalidRequestError("request_id", f"{request_id!r} is already running")
         if not isinstance(priority, int):
             raise InvalidRequestError("priority", f"must be an integer, got {priority!r}")
-        max_tokens = self.check_request(prompt_token_ids, params)
+        max_tokens = self.check_request(prompt_token_ids, params, pooling)
         if self.queue_is_full:
             raise OverloadedError(
                 f"{len(self.scheduler.waiting)} requests are waiting already; try again later"
@@ -151,6 +164,7 @@ class Engine:
             profile,
             self.clock.now(),
             boundaries,
+            pooling,
         )
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         ends = params.stop_ids + (() if params.ignore_eos else self.limits.eos_token_ids)
@@ -165,7 +179,7 @@ class Engine:
             self._sequences[sequence.number] = sequence
         self._requests[request_id] = request
         self._counts["prompt_tokens"] += len(prompt_token_ids)
-        if max_tokens == 0 and not request.num_unscored:
+        if max_tokens == 0 and not request.num_unscored and pooling is None:
             for sequence in list(request.sequences):
                 self._finish(sequence, self._update(sequence, []), "length")
         else:
@@ -243,6 +257,8 @@ class Engine:
             scored = request.prompt_logprobs
             assert scored is not None
             scored.extend(outcome.scores[len(scored) - sequence.num_fed - 1 :])
+        if outcome.pooled is not None:
+            request.pool(outcome.pooled)
         sequence.num_fed += count
         sequence.num_slots += count
         sequence.next_position += count
@@ -318,6 +334,7 @@ class Engine:
             update.text += sequence.text.finish()
         update.finish_reason = reason
         update.error = error
+        update.embedding = request.embedding if reason == "length" else None
         self.scheduler.remove(sequence)
         del self._sequences[sequence.number]
         request.unfinished -= 1
@@ -337,6 +354,7 @@ class Engine:
 
     def _fail_rows(self, plan: StepPlan, message: str) -> None:
         """The whole step failed: end every request that took part, keep the others."""
+        self.scheduler.accounting.return_state_copies(plan.state_copies)
         for row in plan.rows:
             sequence = self._sequences.get(row.sequence)
             if sequence is not None:

@@ -14,17 +14,38 @@ class SealedRun:
     """One immutable page of KV per cache group, with the tokens it was computed from.
 
     A run is *held* while ``users`` > 0, else *idle*; idle runs stay in the tree until their
-    pages are needed. A run outside the tree (``parent`` is None) dies with its last user.
+    pages are needed. Of the groups with a window, the pages go earlier: sequences hold them
+    (``window_users``) only as long as they may read them, and once they are gone
+    (``has_window`` is false) the rest of the run stays. A run outside the tree (``parent`` is
+    None) loses what nobody holds at once.
     """
 
-    __slots__ = ("children", "key", "pages", "parent", "users")
+    __slots__ = (
+        "children",
+        "has_window",
+        "idle_since",
+        "key",
+        "pages",
+        "parent",
+        "users",
+        "window_idle_since",
+        "window_users",
+    )
 
-    def __init__(self, pages: tuple[int, ...], key: RunKey, parent: SealedRun | None) -> None:
+    def __init__(
+        self,
+        pages: tuple[int, ...],
+        key: RunKey,
+        parent: SealedRun | None,
+        has_window: bool = False,
+    ) -> None:
         self.pages = pages
         self.key = key
         self.parent = parent
         self.children: dict[RunKey, SealedRun] = {}
-        self.users = 0
+        self.users = self.window_users = 0
+        self.idle_since = self.window_idle_since = 0
+        self.has_window = has_window
 
 
 class PrefixTree:
@@ -32,18 +53,29 @@ class PrefixTree:
 
     Invariants: the ancestors of a held run are held (a sequence holds its runs from the root
     on), so of two idle runs on a path the deeper one became idle first; the front of the idle
-    queue therefore never has children.
+    queue therefore never has children. Whoever holds the pages of a run that have a window also
+    holds the run.
+
+    Args:
+        block_size: tokens of a run.
+        windowed: for each cache group, whether it has a window.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, windowed: Sequence[bool] = (False,)) -> None:
         self._block_size = block_size
+        self._windowed = tuple(windowed)
+        self._has_windows = any(windowed)
         self._roots: dict[Profile, SealedRun] = {}
         self._idle: OrderedDict[SealedRun, None] = OrderedDict()
+        self._idle_windows: OrderedDict[SealedRun, None] = OrderedDict()
+        self._ticks = 0
 
     @property
-    def num_idle(self) -> int:
-        """Runs that could be evicted now."""
-        return len(self._idle)
+    def num_idle_pages(self) -> int:
+        """Pages that could be evicted now."""
+        windows = sum(self._windowed)
+        lasting = len(self._windowed) - windows
+        return len(self._idle) * lasting + len(self._idle_windows) * windows
 
     def root(self, profile: Profile) -> SealedRun:
         """The anchor of a profile's runs; it holds no pages."""
@@ -63,14 +95,42 @@ class PrefixTree:
                 found.append(node)
         return found
 
-    def insert(self, parent: SealedRun, key: RunKey, pages: tuple[int, ...]) -> SealedRun:
-        """The run for ``key`` below ``parent``: the one that is there, or a new one."""
+    def new_run(self, pages: tuple[int, ...], key: RunKey) -> SealedRun:
+        """A run outside the tree."""
+        return SealedRun(pages, key, None, self._has_windows)
+
+    def insert(
+        self, parent: SealedRun, key: RunKey, pages: tuple[int, ...]
+    ) -> tuple[SealedRun, list[int]]:
+        """The run for ``key`` below ``parent``, and those of ``pages`` that it did not take.
+
+        A run that is there keeps its pages, and takes what it has lost of those with a window.
+        """
         run = parent.children.get(key)
         if run is None:
-            run = SealedRun(pages, key, parent)
+            run = SealedRun(pages, key, parent, self._has_windows)
             parent.children[key] = run
-            self._idle[run] = None
-        return run
+            self._rest(run)
+            self._rest_window(run)
+            return run, []
+        if run.has_window or not self._has_windows:
+            return run, list(pages)
+        pairs = list(zip(run.pages, pages, self._windowed, strict=True))
+        run.pages = tuple(new if windowed else old for old, new, windowed in pairs)
+        run.has_window = True
+        self._rest_window(run)
+        return run, [new for _, new, windowed in pairs if not windowed]
+
+    def _rest(self, run: SealedRun) -> None:
+        self._ticks += 1
+        run.idle_since = self._ticks
+        self._idle[run] = None
+
+    def _rest_window(self, run: SealedRun) -> None:
+        if run.has_window:
+            self._ticks += 1
+            run.window_idle_since = self._ticks
+            self._idle_windows[run] = None
 
     def hold(self, run: SealedRun) -> None:
         """Add a user."""
@@ -78,25 +138,69 @@ class PrefixTree:
             self._idle.pop(run, None)
         run.users += 1
 
-    def drop(self, run: SealedRun) -> bool:
-        """Take a user away; true when the run is outside the tree and had no other user."""
+    def hold_window(self, run: SealedRun) -> None:
+        """Add a user of the pages with a window, which must be there."""
+        if not self._has_windows:
+            return
+        if run.window_users == 0:
+            self._idle_windows.pop(run, None)
+        run.window_users += 1
+
+    def drop(self, run: SealedRun) -> list[int]:
+        """Take a user away; the pages that nobody can find again are returned."""
         run.users -= 1
         if run.users > 0:
-            return False
+            return []
         if run.parent is None:
-            return True
-        self._idle[run] = None
-        return False
+            return self._lasting(run)
+        self._rest(run)
+        return []
 
-    def evict(self) -> SealedRun:
-        """Remove the run that has been idle longest, and return it for its pages."""
-        run, _ = self._idle.popitem(last=False)
+    def drop_window(self, run: SealedRun) -> list[int]:
+        """Take a user of the pages with a window away; as ``drop``."""
+        if not self._has_windows:
+            return []
+        run.window_users -= 1
+        if run.window_users > 0:
+            return []
+        if run.parent is None:
+            return self._lose_window(run)
+        self._rest_window(run)
+        return []
+
+    def _lasting(self, run: SealedRun) -> list[int]:
+        return self._select(run, windowed=False)
+
+    def _lose_window(self, run: SealedRun) -> list[int]:
+        run.has_window = False
+        return self._select(run, windowed=True)
+
+    def _select(self, run: SealedRun, *, windowed: bool) -> list[int]:
+        """Its pages of the groups with a window, or without."""
+        pairs = zip(run.pages, self._windowed, strict=True)
+        return [page for page, has_window in pairs if has_window == windowed]
+
+    def evict(self) -> list[int]:
+        """Remove what has been idle longest, a run or its pages with a window; returns its pages.
+
+        They may be none, for a run that had lost them all.
+        """
+        run = next(iter(self._idle), None)
+        window = next(iter(self._idle_windows), None)
+        if window is not None and (run is None or window.window_idle_since < run.idle_since):
+            del self._idle_windows[window]
+            return self._lose_window(window)
+        assert run is not None and run.parent is not None and not run.children
         parent = run.parent
-        assert parent is not None and not run.children
+        del self._idle[run]
         del parent.children[run.key]
         if parent.parent is None and not parent.children:
             self._roots = {p: root for p, root in self._roots.items() if root is not parent}
-        return run
+        pages = self._lasting(run)
+        if run.has_window:
+            del self._idle_windows[run]
+            pages += self._lose_window(run)
+        return pages
 
     def runs(self) -> list[SealedRun]:
         """All runs of the tree."""
@@ -108,15 +212,30 @@ class PrefixTree:
             stack += children
         return found
 
-    def check_integrity(self, users: dict[SealedRun, int]) -> None:
-        """Compare user counts with ``users``, counted from the sequences, and the idle queue."""
+    def pages_of(self, run: SealedRun) -> list[int]:
+        """The pages that a run has."""
+        pages = self._lasting(run)
+        return pages + self._select(run, windowed=True) if run.has_window else pages
+
+    def check_integrity(
+        self, users: dict[SealedRun, int], window_users: dict[SealedRun, int]
+    ) -> None:
+        """Compare user counts with those counted from the sequences, and the idle queues."""
         runs = self.runs()
         if len(self._idle) != sum(run.users == 0 for run in runs):
             raise AssertionError("the idle queue and the tree disagree")
+        if len(self._idle_windows) != sum(r.has_window and not r.window_users for r in runs):
+            raise AssertionError("the queue of idle windows and the tree disagree")
+        for run in {*runs, *users}:
+            name = f"run of pages {run.pages}"
+            if run.users != users.get(run, 0) or run.window_users != window_users.get(run, 0):
+                raise AssertionError(f"{name}: {run.users} users, not counted")
+            if run.window_users and (not run.has_window or run.window_users > run.users):
+                raise AssertionError(f"{name}: its window is read and not there")
         for run in runs:
-            if run.users != users.get(run, 0):
-                raise AssertionError(f"run of pages {run.pages}: {run.users} users, not counted")
             if (run.users == 0) != (run in self._idle):
                 raise AssertionError(f"run of pages {run.pages} is idle and held at once")
+            if (run.has_window and not run.window_users) != (run in self._idle_windows):
+                raise AssertionError(f"run of pages {run.pages}: its window is idle and held")
             if run.parent is not None and run.parent.parent and run.users > run.parent.users:
                 raise AssertionError(f"run of pages {run.pages} outlives its prefix")

@@ -50,14 +50,21 @@ class Scheduler:
     Running sequences are served in the policy's order; each that has one pending input is sure
     of its place, and longer ones share what is left of the budget in chunks. When pages run out,
     the last sequence in order is preempted: it loses its pages and waits to be computed again.
+
+    With ``whole_prompts``, a prompt is fed in one step, which must have room for any.
     """
 
     def __init__(
-        self, policy: SchedulerPolicy, accounting: CacheAccounting, limit: StepBudget
+        self,
+        policy: SchedulerPolicy,
+        accounting: CacheAccounting,
+        limit: StepBudget,
+        whole_prompts: bool = False,
     ) -> None:
         self.policy = policy
         self.accounting = accounting
         self.limit = limit
+        self._whole_prompts = whole_prompts
         self.waiting = OrderedSequences(policy)
         self.running = OrderedSequences(policy)
         self.num_preemptions = 0
@@ -83,6 +90,8 @@ class Scheduler:
             spare -= 0 if single else count
             left -= count
         self._admit(plan, budget.rows, left, now)
+        if plan.rows:
+            plan.state_copies = self.accounting.take_state_copies()
         pages = self.accounting.pool.num_pages - self.accounting.num_available
         self.pages_peak = max(self.pages_peak, pages)
         return plan
@@ -124,6 +133,8 @@ class Scheduler:
         """Start waiting sequences, in order, while there is room of every kind."""
         while self.waiting and len(plan.rows) < rows and tokens > 0:
             sequence = self.waiting.items[0]
+            if self._whole_prompts and sequence.num_pending > tokens:
+                return
             if not self._start_waiting(sequence, now):
                 return
             tokens -= self._schedule(sequence, tokens, plan)
@@ -195,4 +206,6 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
         samples=samples,
         score_ids=score_ids,
         score_top=request.params.prompt_logprobs or 0,
+        pooling=request.pooling,
+        adapter=request.profile.adapter,
     )

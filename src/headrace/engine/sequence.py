@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from enum import Enum
 
+import numpy as np
+import numpy.typing as npt
+
 from headrace.contracts.outputs import RequestMetrics, TokenLogprobs
 from headrace.contracts.profile import Profile
 from headrace.contracts.sampling import SamplingParams
-from headrace.contracts.step import SampleState
+from headrace.contracts.step import Pooling, SampleState
 from headrace.contracts.text import TextStream
 from headrace.engine.prefix_tree import SealedRun
 
@@ -28,7 +31,8 @@ class Request:
     """One prompt with its ``n`` sequences; finished when all of them are.
 
     ``boundaries`` are counts of prompt tokens, ascending: what lies behind one is fed in a later
-    step than what lies before it.
+    step than what lies before it. With ``pooling``, nothing is generated: ``pooled`` gathers what
+    makes the embedding.
     """
 
     __slots__ = (
@@ -36,6 +40,8 @@ class Request:
         "max_tokens",
         "metrics",
         "params",
+        "pooled",
+        "pooling",
         "priority",
         "profile",
         "prompt_logprobs",
@@ -55,9 +61,12 @@ class Request:
         profile: Profile,
         arrival_time: float,
         boundaries: tuple[int, ...] = (),
+        pooling: Pooling | None = None,
     ) -> None:
         self.request_id = request_id
         self.boundaries = boundaries
+        self.pooling: Pooling | None = pooling
+        self.pooled: npt.NDArray[np.float32] | None = None
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.max_tokens = max_tokens
@@ -76,15 +85,35 @@ class Request:
             return 0
         return len(self.prompt_token_ids) - len(self.prompt_logprobs)
 
+    @property
+    def needs_all_inputs(self) -> bool:
+        """Whether every prompt token has to be fed, cached or not."""
+        return self.num_unscored > 0 or self.pooling in ("mean", "first")
+
+    def pool(self, hidden: npt.NDArray[np.float32]) -> None:
+        """Add what a step made of some inputs."""
+        if self.pooled is None or self.pooling == "last":
+            self.pooled = hidden
+        elif self.pooling == "mean":
+            self.pooled = self.pooled + hidden
+
+    @property
+    def embedding(self) -> npt.NDArray[np.float32] | None:
+        """The prompt's embedding ``[hidden]``, when all of it has been fed."""
+        if self.pooled is None or self.pooling != "mean":
+            return self.pooled
+        return self.pooled / np.float32(len(self.prompt_token_ids))
+
 
 class Sequence:
     """One stream of tokens: known tokens, of which a part has been fed to the model.
 
     Three counters that may differ once methods drop, inject or move tokens: ``num_fed`` known
     tokens have been given to the model, they take ``num_slots`` KV slots, and the next input has
-    position ``next_position``. KV lies in ``runs`` (sealed) followed by ``tail`` (writable pages,
-    one list per cache group). ``num_sealed`` runs there have been, of which those with ``ordinals``
-    are left.
+    position ``next_position``. KV lies in ``runs`` (sealed) followed by ``tail`` (columns of
+    writable pages, one page per cache group). ``num_sealed`` runs there have been, of which those
+    with ``ordinals`` are left; of the first ``num_passed`` the sequence no longer holds the pages
+    with a window.
     """
 
     __slots__ = (
@@ -92,6 +121,7 @@ class Sequence:
         "index",
         "next_position",
         "num_fed",
+        "num_passed",
         "num_sealed",
         "num_slots",
         "number",
@@ -126,7 +156,8 @@ class Sequence:
         self.runs: list[SealedRun] = []
         self.ordinals: list[int] = []
         self.tail: list[list[int]] = []
-        self.num_fed = self.num_slots = self.next_position = self.num_sealed = 0
+        self.num_fed = self.num_slots = self.next_position = 0
+        self.num_sealed = self.num_passed = 0
 
     @property
     def priority(self) -> int:
@@ -148,7 +179,9 @@ class Sequence:
 
     def forget_cache(self) -> None:
         """All known tokens are pending again; the caller has released runs and tail."""
+        self.request.pooled = None
         self.runs = []
         self.ordinals = []
         self.tail = []
-        self.num_fed = self.num_slots = self.next_position = self.num_sealed = 0
+        self.num_fed = self.num_slots = self.next_position = 0
+        self.num_sealed = self.num_passed = 0

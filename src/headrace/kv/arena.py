@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
 from headrace.ops.device import DTYPES, empty_bytes
 from headrace.ops.paged import LayerCache, PagedPlane
+
+States = dict[str, Tensor]
+"""Name of a plane -> ``[rows, heads, width]``, one entry for each row of the page tables."""
 
 _DTYPES = {**DTYPES, "int8": torch.int8}
 
@@ -19,9 +23,11 @@ class KVArena:
     A page holds, one after another, the planes of the layers of its group; a plane holds, one
     after another, the strips of its heads, ``[block_size, width]`` each. The memory is not
     touched before it is written. Invariant: pages and planes begin at multiples of 64 bytes.
+
+    Planes of scope "sequence" have an entry for each of ``num_rows`` table rows.
     """
 
-    def __init__(self, layout: CacheLayout, num_pages: int, device: str) -> None:
+    def __init__(self, layout: CacheLayout, num_pages: int, device: str, num_rows: int = 0) -> None:
         self.layout = layout
         memory = empty_bytes(num_pages * layout.page_bytes, device)
         self.pages = memory.view(num_pages, layout.page_bytes)
@@ -32,10 +38,15 @@ class KVArena:
             layer: index for index, group in enumerate(layout.groups) for layer in group.layers
         }
         self._caches = {
-            layer: LayerCache(self.plane(layer, "key"), self.plane(layer, "value"))
-            for layer in self._group_of
-            if (layer, "key") in self._planes
+            layer: LayerCache(key, self._planes.get((layer, "value"), key))
+            for (layer, name), key in self._planes.items()
+            if name == "key"
         }
+        self._states: dict[int, States] = {}
+        for layer, spec in layout.states:
+            shape = (num_rows, spec.heads, spec.width)
+            plane = torch.zeros(shape, dtype=_DTYPES[spec.dtype], device=device)
+            self._states.setdefault(layer, {})[spec.name] = plane
 
     def _carve(self, group: CacheGroup) -> None:
         """Make the planes of a group; a plane's scales come to it."""
@@ -72,6 +83,10 @@ class KVArena:
         """The cache group whose table serves ``layer``."""
         return self._group_of[layer]
 
+    def states(self, layer: int) -> States:
+        """What ``layer`` keeps for whole sequences."""
+        return self._states[layer]
+
     def group_plane(self, group: int) -> PagedPlane:
         """Any plane of a group that holds keys: all share block size and heads."""
         return self.plane(self.layout.groups[group].layers[0], "key")
@@ -86,3 +101,18 @@ class KVArena:
         """Zero pages, so that slots which are not written yet read as zeros."""
         for page in pages:
             self.pages[page].zero_()
+
+    def copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy the states of table rows, (source, target) each, one after another."""
+        for source, target in copies:
+            for plane in self._all_states():
+                plane[target] = plane[source]
+
+    def clear_states(self, rows: Sequence[int]) -> None:
+        """Begin anew in these table rows."""
+        places = torch.tensor(rows, dtype=torch.int64, device=self.pages.device)
+        for plane in self._all_states():
+            plane.index_fill_(0, places, 0)
+
+    def _all_states(self) -> Iterator[Tensor]:
+        return (plane for planes in self._states.values() for plane in planes.values())

@@ -149,6 +149,7 @@ def simulated_engine(
     draw_token: Callable[[], int] | None = None,
     eos_token_ids: tuple[int, ...] = (),
     kv_policy: KVPolicy | None = None,
+    causal: bool = True,
 ) -> tuple[Engine, VirtualClock]:
     """The composition that ``LLM`` uses, around a ``SimRunner`` on a virtual clock."""
     layout = layout or attention_layout(
@@ -159,21 +160,24 @@ def simulated_engine(
     runner = SimRunner(
         clock, cost or LinearCost(), draw_token or (lambda: rng.randrange(vocab_size))
     )
+    chunk = config.max_num_batched_tokens or 512
     limits = EngineLimits(
-        max_model_len=fit_context(config, layout, num_pages, context),
+        max_model_len=fit_context(config, layout, num_pages, context, chunk),
         max_num_waiting=config.max_num_waiting,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
+        generates=causal,
     )
     engine = compose_engine(
         config,
         layout=layout,
         num_pages=num_pages,
-        max_num_batched_tokens=config.max_num_batched_tokens or 512,
+        max_num_batched_tokens=chunk,
         limits=limits,
         runner=runner,
         clock=clock,
         kv_policy=kv_policy,
+        causal=causal,
     )
     return engine, clock
 
