@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from headrace.contracts.cache import CacheGroup, CacheLayout
+from headrace.contracts.cache import CacheGroup, CacheLayout, layout_of
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import PageTables, PlanRow, RowResult, SampleState, StepPlan
 from headrace.exec.runner import LocalRunner
@@ -77,7 +77,9 @@ def load_model(
     ops = make_ops(resolve_device(device), dtype, batch_invariant=reference)
     checkpoint = SafetensorsCheckpoint(directory)
     architecture = find_architecture(checkpoint.config)
-    return architecture(checkpoint.config, WeightLoader(checkpoint, ops), ops), ops
+    return architecture(
+        checkpoint.config, WeightLoader(checkpoint, architecture.load_map, ops), ops
+    ), ops
 
 
 def make_bench(
@@ -95,7 +97,7 @@ def make_bench(
     """
     model, ops = load_model(directory, dtype, device, reference)
     config = json.loads((directory / "config.json").read_text())
-    layout = type(model).cache_layout(config, cache or dtype, BLOCK)
+    layout = layout_of(type(model).layer_states(config, cache or dtype), BLOCK)
     if grouped:
         (group,) = layout.groups
         groups = [

@@ -269,8 +269,8 @@ class TestFailures:
         bench = make_bench(checkpoint, reference=request.param)
         embed = bench.model.embed
 
-        def broken_embed(ids: Tensor) -> Tensor:
-            return embed(ids).masked_fill((ids == self.BROKEN).unsqueeze(1), torch.nan)
+        def broken_embed(ids: Tensor, positions: Tensor) -> Tensor:
+            return embed(ids, positions).masked_fill((ids == self.BROKEN).unsqueeze(1), torch.nan)
 
         monkeypatch.setattr(bench.model, "embed", broken_embed)
         return bench

@@ -13,6 +13,7 @@ from torch import Tensor
 from headrace.contracts.step import PageTables, PlanRow
 from headrace.kv.arena import KVArena
 from headrace.ops.paged import StepShape
+from headrace.ops.recurrent import RowSpans
 from headrace.ops.table import Ops
 
 
@@ -22,26 +23,36 @@ class ForwardBatch:
 
     Args:
         input_ids, positions: ``[T]``.
+        rows: which of them belong together.
         attention: one plan per cache group.
+        adapted: keys of adapters, and the inputs ``[n]`` that go through each.
     """
 
     input_ids: Tensor
     positions: Tensor
+    rows: RowSpans
     attention: list[Any]
+    adapted: Sequence[tuple[str, Tensor]]
 
 
 class BatchBuilder:
-    """Builds the micro-batches of a step: one, or one per token where ops are batch-invariant."""
+    """Builds the micro-batches of a step: one, or one per token where ops are batch-invariant.
 
-    def __init__(self, arena: KVArena, ops: Ops) -> None:
+    Of models that are not causal, it is one per row: tokens see those behind them.
+    """
+
+    def __init__(self, arena: KVArena, ops: Ops, causal: bool = True) -> None:
         self._arena = arena
         self._ops = ops
+        self._causal = causal
         self._groups = range(len(arena.layout.groups))
 
     def build(self, rows: Sequence[PlanRow], tables: PageTables) -> list[ForwardBatch]:
         """The micro-batches, in the order in which they must run."""
         if not self._ops.batch_invariant:
             return [self._batch(rows, tables)]
+        if not self._causal:
+            return [self._batch([row], tables) for row in rows]
         return [
             self._batch([_single_input(row, index)], tables)
             for row in rows
@@ -60,7 +71,20 @@ class BatchBuilder:
             plane = self._arena.group_plane(group)
             shape = StepShape.of_one_group(lengths, past, tables[group, used, :pages], plane.heads)
             plans.append(self._ops.attention.plan(shape, plane))
-        return ForwardBatch(self._tensor(ids), self._tensor(positions), plans)
+        spans = RowSpans(lengths.tolist(), used)
+        ids_of, places = self._tensor(ids), self._tensor(positions)
+        return ForwardBatch(ids_of, places, spans, plans, self._adapted(rows))
+
+    def _adapted(self, rows: Sequence[PlanRow]) -> list[tuple[str, Tensor]]:
+        """The inputs that go through adapters, by adapter."""
+        found: dict[str, list[int]] = {}
+        place = 0
+        for row in rows:
+            count = len(row.input_ids)
+            if row.adapter:
+                found.setdefault(row.adapter, []).extend(range(place, place + count))
+            place += count
+        return [(key, self._tensor(inputs)) for key, inputs in found.items()]
 
     def _tensor(self, values: list[int]) -> Tensor:
         array = np.array(values, dtype=np.int64)
@@ -75,4 +99,5 @@ def _single_input(row: PlanRow, index: int) -> PlanRow:
         input_ids=row.input_ids[index : index + 1],
         positions=row.positions[index : index + 1],
         slot=row.slot + index,
+        adapter=row.adapter,
     )

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headrace.contracts.step import Pooling
 from headrace.exec.batch import ForwardBatch
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
 from headrace.models.layers.rotary import RotaryEmbedding
+from headrace.ops.adapted_linear import AdapterRoutes
 from headrace.ops.paged import AttentionSpec
+from headrace.ops.reference import add_sinks
 from headrace.ops.table import Ops
 
 
@@ -19,6 +22,7 @@ class LayerContext:
     """The ``AttentionContext`` of one micro-batch."""
 
     def __init__(self, batch: ForwardBatch, arena: KVArena, ops: Ops) -> None:
+        self.rows = batch.rows
         self._batch = batch
         self._arena = arena
         self._ops = ops
@@ -31,30 +35,43 @@ class LayerContext:
         k: Tensor,
         v: Tensor,
         rotary: RotaryEmbedding,
-        scale: float,
-        window: int | None = None,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See ``AttentionContext``."""
-        if rotary not in self._angles:
-            self._angles[rotary] = rotary.cos_sin(self._batch.positions, self._ops.dtype)
-        cos, sin = self._angles[rotary]
-        out, _ = self._ops.attention.attend(
+        cos, sin = self.angles(rotary)
+        out, lse = self._ops.attention.attend(
             q,
             k,
             v,
             cos,
             sin,
             self._arena.cache(layer),
-            AttentionSpec(scale, window),
+            spec,
             self._batch.attention[self._arena.group_of(layer)],
         )
+        if sinks is not None:
+            out = add_sinks(out, lse, sinks)
         return out.flatten(1)
+
+    def angles(self, rotary: RotaryEmbedding) -> tuple[Tensor, Tensor]:
+        """See ``AttentionContext``."""
+        if rotary not in self._angles:
+            self._angles[rotary] = rotary.cos_sin(self._batch.positions, self._ops.dtype)
+        return self._angles[rotary]
+
+    def states(self, layer: int) -> dict[str, Tensor]:
+        """See ``AttentionContext``."""
+        return self._arena.states(layer)
 
 
 class LayerLoop:
     """Runs a model over micro-batches: all layers of one before the next begins."""
 
-    def __init__(self, model: DecoderModel, arena: KVArena, ops: Ops) -> None:
+    def __init__(
+        self, model: DecoderModel, arena: KVArena, ops: Ops, routes: AdapterRoutes
+    ) -> None:
+        self._routes = routes
         self._model = model
         self._arena = arena
         self._ops = ops
@@ -66,11 +83,18 @@ class LayerLoop:
 
     def _run_layers(self, batch: ForwardBatch) -> Tensor:
         context = LayerContext(batch, self._arena, self._ops)
-        hidden = self._model.embed(batch.input_ids)
+        self._routes.rows = batch.adapted
+        hidden = self._model.embed(batch.input_ids, batch.positions)
         for layer in self._model.layers:
             hidden = layer.mix(hidden, context)
             hidden = layer.feed(hidden)
         return hidden
+
+    def pool(self, hidden: Tensor, pooling: Pooling) -> Tensor:
+        """``[T, hidden]`` of a row -> ``[hidden]``: of the last or first input, or the sum."""
+        if pooling == "mean":
+            return self._model.norm(hidden).float().sum(0)
+        return self._model.norm(hidden[-1:] if pooling == "last" else hidden[:1])[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[R, hidden]`` -> ``[R, vocab]``; row by row where ops are batch-invariant."""

@@ -21,6 +21,7 @@ from headrace.exec.layer_loop import LayerLoop
 from headrace.exec.sampling.sampler import Sampler, token_logprobs
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
+from headrace.ops.adapted_linear import AdapterRoutes
 from headrace.ops.table import Ops
 
 _SCORED_AT_ONCE = 64
@@ -30,12 +31,19 @@ _SCORED_AT_ONCE = 64
 class LocalRunner(Runner):
     """Executes a plan when it is submitted; ``collect`` hands out the result."""
 
-    def __init__(self, model: DecoderModel, arena: KVArena, ops: Ops, sampler: Sampler) -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        arena: KVArena,
+        ops: Ops,
+        sampler: Sampler,
+        routes: AdapterRoutes | None = None,
+    ) -> None:
         self.arena = arena
         self.sampler = sampler
         self._ops = ops
-        self._loop = LayerLoop(model, arena, ops)
-        self._builder = BatchBuilder(arena, ops)
+        self._loop = LayerLoop(model, arena, ops, routes or AdapterRoutes())
+        self._builder = BatchBuilder(arena, ops, model.causal)
         self._results: dict[Ticket, StepResult] = {}
         self._tickets = 0
 
@@ -53,6 +61,8 @@ class LocalRunner(Runner):
         marks = [time.perf_counter()]
         self.arena.copy_pages(plan.copies)
         self.arena.blank_pages(plan.blank)
+        self.arena.copy_states(plan.state_copies)
+        self.arena.clear_states([row.table_row for row in plan.rows if row.slot == 0])
         batches = self._builder.build(plan.rows, tables)
         marks.append(time.perf_counter())
         hidden = self._loop.run(batches)
@@ -62,6 +72,7 @@ class LocalRunner(Runner):
         if logits is not None:
             self._sample(plan, logits, results)
         self._score(plan, hidden, results)
+        self._pool(plan, hidden, results)
         marks.append(time.perf_counter())
         names = ("batch", "forward", "sample")
         spans = zip(names, marks, marks[1:], strict=False)
@@ -99,6 +110,18 @@ class LocalRunner(Runner):
             result.tokens = (*result.tokens, draw.token)
             result.logprobs = (*result.logprobs, draw.logprobs)
             result.error = result.error or draw.error
+
+    def _pool(self, plan: StepPlan, hidden: Tensor, results: list[RowResult]) -> None:
+        """Hidden states for the rows that want an embedding."""
+        place = 0
+        for row, result in zip(plan.rows, results, strict=True):
+            count = len(row.input_ids)
+            if row.pooling is not None:
+                pooled = self._loop.pool(hidden[place : place + count], row.pooling).float()
+                if not bool(torch.isfinite(pooled).all()):
+                    result.error = "the embedding is not finite (NaN or infinity)"
+                result.pooled = pooled.cpu().numpy()
+            place += count
 
     def _score(self, plan: StepPlan, hidden: Tensor, results: list[RowResult]) -> None:
         """Log-probabilities of known tokens, for the rows that ask."""
