@@ -7,15 +7,19 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from headrace import models
-from headrace.contracts.cache import CacheLayout
+from headrace.contracts.cache import LayerState
+from headrace.contracts.load_map import LoadMap
 from headrace.errors import CheckpointError
 from headrace.models.layers.rotary import RotaryEmbedding
 from headrace.ops.linear import Linear
+from headrace.ops.paged import AttentionSpec
+from headrace.ops.recurrent import RowSpans
 from headrace.ops.table import Ops
 
 Embedding = Callable[[Tensor], Tensor]
@@ -23,7 +27,10 @@ Embedding = Callable[[Tensor], Tensor]
 
 
 class WeightSource(Protocol):
-    """Where a model gets its parameters from; shapes are checked on the way."""
+    """Where a model gets its parameters from; shapes are checked on the way.
+
+    Names are those of the architecture's load map.
+    """
 
     def linear(
         self,
@@ -33,20 +40,29 @@ class WeightSource(Protocol):
         *,
         bias: bool = False,
         gated: bool = False,
+        order: Sequence[int] | None = None,
+        adaptable: bool = True,
     ) -> Linear:
         """One product for the weights ``name + ".weight"``, ``[rows[i], columns]``, stacked.
 
-        ``gated``: there are two, a gate and what it gates.
+        Args:
+            gated: the first half of all rows are a gate, the second what it gates.
+            order: for each row of the product, the row of the stack that it is.
+            adaptable: whether an adapter may change it, row by row of the step; it then always gets
+                all inputs of the step.
         """
 
-    def head(self, name: str, rows: int, columns: int) -> Linear:
+    def head(self, name: str, rows: int, columns: int, *, bias: bool = False) -> Linear:
         """The output head, ``name + ".weight"``; its ``rows`` serve as a tied embedding."""
 
     def embedding(self, name: str, rows: int, columns: int) -> Embedding:
         """An embedding that is no head as well, ``name + ".weight"``."""
 
     def vector(self, name: str, size: int) -> Tensor:
-        """A parameter ``[size]``, such as a norm's weight."""
+        """A parameter ``[size]`` in the compute dtype, such as a norm's weight."""
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """A parameter of any shape that is used as it is, by default in the compute dtype."""
 
     def __contains__(self, name: str) -> bool:
         """Whether the checkpoint has a tensor of that name."""
@@ -55,6 +71,9 @@ class WeightSource(Protocol):
 class AttentionContext(Protocol):
     """The step as one layer sees it."""
 
+    rows: RowSpans
+    """Which inputs belong to which sequence."""
+
     def attend(
         self,
         layer: int,
@@ -62,15 +81,20 @@ class AttentionContext(Protocol):
         k: Tensor,
         v: Tensor,
         rotary: RotaryEmbedding,
-        scale: float,
-        window: int | None = None,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Rotate q and k by their positions, cache k and v, attend to each row's context.
 
-        q is ``[T, heads, width]``, k and v ``[T, kv_heads, width]``, all unrotated. With a
-        ``window``, a query sees only the last so many slots, its own included. Returns
-        ``[T, heads * width]``.
+        q is ``[T, heads, width]``, k and v ``[T, kv_heads, width]``, all unrotated. ``sinks``
+        ``[heads]`` are scores of keys without a value. Returns ``[T, heads * width of v]``.
         """
+
+    def angles(self, rotary: RotaryEmbedding) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the inputs' positions, ``[T, width / 2]``."""
+
+    def states(self, layer: int) -> dict[str, Tensor]:
+        """The layer's planes of scope "sequence", ``[table rows, heads, width]``."""
 
 
 class DecoderLayer(ABC):
@@ -87,11 +111,12 @@ class DecoderLayer(ABC):
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the rest of Headrace must know of an architecture's configuration."""
+    """What the rest of Headrace must know of an architecture's configuration.
 
-    layers: int
-    kv_heads: int
-    head_dim: int
+    Args:
+        context: positions that it knows.
+    """
+
     context: int
     vocab_size: int
 
@@ -103,6 +128,12 @@ class DecoderModel(ABC):
     """
 
     layers: Sequence[DecoderLayer]
+    load_map: ClassVar[LoadMap] = LoadMap()
+    """Where the checkpoint has what the model asks for."""
+    causal: ClassVar[bool] = True
+    """Whether a token is computed from those before it alone; else the model makes embeddings, and
+    nothing is generated.
+    """
 
     @abstractmethod
     def __init__(self, config: dict[str, Any], weights: WeightSource, ops: Ops) -> None:
@@ -115,16 +146,20 @@ class DecoderModel(ABC):
 
     @classmethod
     @abstractmethod
-    def cache_layout(cls, config: dict[str, Any], dtype: str, block_size: int) -> CacheLayout:
-        """The planes of its layers, in cache groups."""
+    def layer_states(cls, config: dict[str, Any], dtype: str) -> Sequence[LayerState]:
+        """What each layer keeps of a sequence; ``dtype`` is that of the KV cache."""
 
     @abstractmethod
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """``[T]`` -> ``[T, hidden]``."""
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """``[T]`` and ``[T]`` -> ``[T, hidden]``."""
+
+    @abstractmethod
+    def norm(self, hidden: Tensor) -> Tensor:
+        """What comes out of the last layer, ``[T, hidden]``, as embeddings are made of it."""
 
     @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
-        """``[T, hidden]`` -> logits ``[T, vocab]``."""
+        """What comes out of the last layer, ``[T, hidden]`` -> logits ``[T, vocab]``."""
 
 
 def known_architectures() -> list[str]:
@@ -136,11 +171,12 @@ def known_architectures() -> list[str]:
 def find_architecture(config: dict[str, Any]) -> type[DecoderModel]:
     """The model file for a ``config.json``. Raises CheckpointError that lists the known ones."""
     model_type = config.get("model_type")
+    name = str(model_type).replace("-", "_")
     known = known_architectures()
-    if model_type not in known:
+    if name not in known:
         raise CheckpointError(
             f"config.json: architecture (model_type) {model_type!r} is not supported; "
             f"known: {', '.join(known)}"
         )
-    model: type[DecoderModel] = importlib.import_module(f"headrace.models.{model_type}").Model
+    model: type[DecoderModel] = importlib.import_module(f"headrace.models.{name}").Model
     return model

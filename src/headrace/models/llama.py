@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.models.layers.decoder import DecoderConfig, DenseDecoder
+from headrace.models.layers.decoder import Decoder, DecoderConfig
 
 
-class Model(DenseDecoder):
+class Model(Decoder):
     """``attention_bias`` covers all four projections of attention, ``mlp_bias`` all three."""
 
     @staticmethod
