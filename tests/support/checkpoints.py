@@ -15,8 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers
 
-VOCAB = 300
-CONTEXT = 256
+from tests.support.architectures import ARCHITECTURES, CONTEXT, VOCAB
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -65,7 +64,12 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "qwen3": lambda: _qwen3(**GROUPED),
     "qwen3-tied": lambda: _qwen3(**GROUPED, attention_bias=True, tie_word_embeddings=True),
 }
-"""One configuration for each thing that the architectures can do, by name."""
+"""One configuration for each thing that Llama's shape can have, by name."""
+
+ALL_CONFIGS = {**CONFIGS, **ARCHITECTURES}
+
+_DRAWN = ("e_score_correction_bias",)
+"""Buffers that are weights."""
 
 
 def make_model(config: transformers.PreTrainedConfig, seed: int = 0) -> Any:
@@ -76,16 +80,24 @@ def make_model(config: transformers.PreTrainedConfig, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(".bias"):
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            if not name.endswith(_DRAWN) and not parameter.requires_grad:
+                continue
+            if name.endswith(("bias", "sinks", ".D")):
                 parameter.normal_(std=0.5)
-            elif "norm" in name:
+            elif name.endswith("A_log"):
+                parameter.uniform_(-1.0, 1.0)
+            elif "conv1d" in name:
+                parameter.normal_(std=0.5)
+            elif "norm" in name or ".ln_" in name:
                 parameter.uniform_(0.5, 1.5)
             elif "embed" in name:
                 # Small, lest the residual stream carry each token through to a head that is tied.
                 parameter.normal_(std=0.25)
             else:
-                parameter.normal_(std=1 / math.sqrt(parameter.shape[1]))
+                # Experts lie in three dimensions, the columns last or last but one.
+                columns = parameter.shape[1] if parameter.ndim == 2 else min(parameter.shape[1:])
+                parameter.normal_(std=1 / math.sqrt(columns))
     return model.eval()
 
 
@@ -111,7 +123,7 @@ def save_checkpoint(model: Any, directory: Path, **options: Any) -> Path:
 
 def make_checkpoint(directory: Path, name: str = "llama3", **options: Any) -> Path:
     """A checkpoint of the configuration ``name``."""
-    return save_checkpoint(make_model(CONFIGS[name]()), directory, **options)
+    return save_checkpoint(make_model(ALL_CONFIGS[name]()), directory, **options)
 
 
 def copy_checkpoint(source: Path, target: Path) -> Path:

@@ -298,7 +298,7 @@ def test_a_home_directory_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("present", "message"),
     [
         ([], r"no config\.json and no \*\.safetensors"),
-        (["config.json", "pytorch_model.bin"], r"has no \*\.safetensors.*save_pretrained"),
+        (["config.json", "model.onnx"], r"has no \*\.safetensors.*save_pretrained"),
         (["model.safetensors"], r"has no config\.json;"),
     ],
 )
@@ -329,3 +329,60 @@ def test_a_file_is_not_a_checkpoint(tmp_path: Path) -> None:
 def test_neither_a_directory_nor_a_hub_id(model: str) -> None:
     with pytest.raises(CheckpointError, match=r"directory with config\.json.*org/name"):
         resolve_model(model)
+
+
+PIECES = [f"model-Q8_0-{number:05d}-of-00002.gguf" for number in (1, 2)]
+
+
+@pytest.fixture
+def gguf_hub(hub: FakeHub) -> FakeHub:
+    """A repository of GGUF files alone, one of them in pieces."""
+    for name in [name for name in hub.files if name.endswith(".safetensors")]:
+        del hub.files[name]
+    hub.files |= {name: name.encode() for name in ("model-Q4_K_M.gguf", "model-Q4_0.gguf", *PIECES)}
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("chosen", "wanted"), [("Q4_K_M", ["model-Q4_K_M.gguf"]), ("Q8_0", PIECES)]
+)
+def test_downloads_the_file_that_is_named(
+    chosen: str, wanted: list[str], gguf_hub: FakeHub, tmp_path: Path
+) -> None:
+    path = resolve_model(f"{MODEL}:{chosen}", None, str(tmp_path), endpoint=gguf_hub.url)
+    assert path.name == wanted[0] and path.read_bytes() == wanted[0].encode()
+    assert sorted(gguf_hub.downloads) == wanted
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [("Q4", r"found: model-Q4_0\.gguf, model-Q4_K_M\.gguf"), ("Q2_K", "found: none")],
+)
+def test_one_file_must_have_the_name(
+    chosen: str, message: str, gguf_hub: FakeHub, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        resolve_model(f"{MODEL}:{chosen}", None, str(tmp_path), endpoint=gguf_hub.url)
+
+
+def test_a_repository_of_files_says_how_one_is_named(gguf_hub: FakeHub, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="org/name:Q4_K_M"):
+        resolve_model(MODEL, None, str(tmp_path), endpoint=gguf_hub.url)
+
+
+def test_a_file_is_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "Model-Q4_0.GGUF"
+    file.touch()
+    assert resolve_model(str(file)) == file
+    file.with_suffix(".gguf").touch()
+    with pytest.raises(CheckpointError, match=r"holds GGUF files; give the path of one"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
+def test_pickles_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    (tmp_path / name).touch()
+    for model in (tmp_path, tmp_path / name):
+        with pytest.raises(CheckpointError, match=r"can run any code.*save_pretrained"):
+            resolve_model(str(model))

@@ -284,7 +284,9 @@ def test_another_version(version: Any, packed: Path) -> None:
     assert f"layout_version is {version!r}" in message and "headrace quantize" in message
 
 
-@pytest.mark.parametrize("section", [{"quant_method": "gptq", "bits": 4}, {"bits": 4}, "awq", []])
+@pytest.mark.parametrize(
+    "section", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, {"bits": 4}, "awq", []]
+)
 def test_another_method(section: Any, packed: Path) -> None:
     message = refusal(edit_config(packed, quantization_config=section))
     assert "quantization_config: quant_method" in message and "unquantized" in message

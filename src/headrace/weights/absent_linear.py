@@ -17,5 +17,8 @@ class AbsentLinear(Linear):
     def __call__(self, x: Tensor, **around: object) -> NoReturn:
         raise RuntimeError("the weight is not in memory: the model was built to look at its shape")
 
+    def ungated(self, x: Tensor, **around: object) -> NoReturn:
+        raise RuntimeError("the weight is not in memory: the model was built to look at its shape")
+
     def rows(self, ids: Tensor) -> NoReturn:
         raise RuntimeError("the weight is not in memory: the model was built to look at its shape")

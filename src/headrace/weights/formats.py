@@ -7,12 +7,12 @@ from typing import Any
 
 from headrace.errors import CheckpointError, ConfigurationError
 from headrace.ops.packed_weight import LAYOUT_VERSION, WeightFormat
+from headrace.weights.stored_formats import STORED_FORMATS, stored_method
+from headrace.weights.stored_formats.section import SECTION, unsupported
 
 AUTO = "auto"
 METHOD = "headrace"
 """``quant_method`` of checkpoints in the packed layout."""
-
-_SECTION = "config.json: quantization_config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +46,22 @@ class WeightPlan:
 
     @classmethod
     def stored(cls, config: dict[str, Any]) -> WeightPlan | None:
-        """What a ``config.json`` says of packed weights; ``None`` if they are not packed.
+        """What a ``config.json`` says of packed weights; ``None`` if they are not packed: plain, or
+        quantized in one of ``STORED_FORMATS``, in which reading dequantizes them.
 
         Raises:
             CheckpointError: they are quantized in a way, or packed in a layout, that is not read.
         """
         section = config.get("quantization_config")
-        if section is None:
+        if section is None or stored_method(config) is not None:
             return None
         if not isinstance(section, dict) or section.get("quant_method") != METHOD:
             method = section.get("quant_method") if isinstance(section, dict) else section
-            raise CheckpointError(
-                f"{_SECTION}: quant_method {method!r} is not supported; take the model's "
-                "unquantized checkpoint, and quantize it with `headrace quantize`"
-            )
+            raise unsupported("quant_method", method, (METHOD, *STORED_FORMATS))
         version = section.get("layout_version")
         if version != LAYOUT_VERSION:
             raise CheckpointError(
-                f"{_SECTION}: layout_version is {version!r}, and this Headrace reads version "
+                f"{SECTION}: layout_version is {version!r}, and this Headrace reads version "
                 f"{LAYOUT_VERSION}; quantize the original model again with `headrace quantize`"
             )
         return cls(_stored(section, "format"), _stored(section, "head_format"))
@@ -90,4 +88,4 @@ def _stored(section: dict[str, Any], field: str) -> WeightFormat:
     try:
         return WeightFormat.parse(str(section.get(field)))
     except ConfigurationError as error:
-        raise CheckpointError(f"{_SECTION}: {field}: {error}") from None
+        raise CheckpointError(f"{SECTION}: {field}: {error}") from None

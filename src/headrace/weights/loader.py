@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.contracts.load_map import LoadMap
 from headrace.errors import ConfigurationError
-from headrace.ops.linear import Linear
+from headrace.ops.arranged_linear import JoinedLinear, PermutedLinear
+from headrace.ops.linear import Linear, LinearOps
 from headrace.ops.packed_weight import BF16, PackedWeight, WeightFormat, part_shapes
 from headrace.ops.scale_search import make_scale_search
 from headrace.ops.table import Ops
+from headrace.weights.adapters import AdapterBank
+from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.formats import WeightPlan
 from headrace.weights.quantizers import Quantizer, make_quantizer, pack_weight
 from headrace.weights.reader import Progress, Stack, WeightReader
-from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
+from headrace.weights.stored_blocks import Piece, pack_stored, split_stack
 
 
 class CheckpointLoader(ABC):
@@ -27,11 +33,17 @@ class CheckpointLoader(ABC):
         plan: formats of the weights that it makes.
         num_bytes, head_bytes: in memory, of all parameters and of the output head.
         mapped_bytes: of ``num_bytes``, those of the checkpoint's mapped files.
+        kept: parameters of linear weights that are kept as they are stored, by what that is.
+        head_kept: what the output head is stored as, if it is one of them.
+        bank: the linear weights that adapters can change.
     """
 
     def __init__(self, reader: WeightReader, ops: Ops, plan: WeightPlan) -> None:
         self.plan = plan
         self.num_parameters = self.num_bytes = self.head_bytes = self.mapped_bytes = 0
+        self.kept: Counter[str] = Counter()
+        self.head_kept: str | None = None
+        self.bank = AdapterBank(ops)
         self._reader = reader
         self._ops = ops
 
@@ -50,9 +62,17 @@ class CheckpointLoader(ABC):
         dtype = self._ops.dtype
         return lambda ids: F.embedding(ids, table).to(dtype)
 
-    def head(self, name: str, rows: int, columns: int) -> Linear:
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """A parameter of any shape."""
+        self.num_parameters += math.prod(shape)
+        return self._own(self._reader.read(name, tuple(shape)), dtype or self._ops.dtype)
+
+    def head(self, name: str, rows: int, columns: int, *, bias: bool = False) -> Linear:
         """The output head, whose rows can be looked up."""
-        linear = self._counted(Stack([name], [rows], columns), self.plan.head, indexed=True)
+        stack = Stack([name], [rows], columns, bias)
+        linear = self._counted(stack, self.plan.head, indexed=True)
+        pieces = stored_pieces(self._reader, stack, self._ops.linears, self.plan.head)
+        self.head_kept = self._reader.kinds(stack)[0] if pieces else None
         self.head_bytes = linear.num_bytes
         return linear
 
@@ -64,9 +84,13 @@ class CheckpointLoader(ABC):
         *,
         bias: bool = False,
         gated: bool = False,
+        order: Sequence[int] | None = None,
+        adaptable: bool = True,
     ) -> Linear:
         """One product for the weights ``names``, stacked along their rows."""
-        return self._counted(Stack(names, rows, columns, bias, gated), self.plan.body)
+        stack = Stack(names, rows, columns, bias, gated, order)
+        linear = self._counted(stack, self.plan.body)
+        return self.bank.adapt(linear, stack) if adaptable else linear
 
     def _counted(self, stack: Stack, format: WeightFormat | None, indexed: bool = False) -> Linear:
         linear = self._linear(stack, format, indexed)
@@ -92,25 +116,31 @@ class CheckpointLoader(ABC):
 class WeightLoader(CheckpointLoader):
     """Of a checkpoint with plain weights, quantized on the way where that is asked for.
 
-    No more than one stack of weights is in memory beside what was made ready before.
+    No more than one stack of weights is in memory beside what was made ready before. Integers of
+    other programs are kept where the operations take them and no other format is asked for.
     """
 
     def __init__(
         self,
-        checkpoint: SafetensorsCheckpoint,
+        checkpoint: Checkpoint,
+        load_map: LoadMap,
         ops: Ops,
         plan: WeightPlan | None = None,
         progress: Progress | None = None,
         quantizer: Quantizer | None = None,
     ) -> None:
         plan = (plan or WeightPlan()).completed()
-        super().__init__(WeightReader(checkpoint, progress), ops, plan)
+        super().__init__(WeightReader(checkpoint, load_map, progress), ops, plan)
         self._quantizer = quantizer
 
     def _linear(self, stack: Stack, format: WeightFormat | None, indexed: bool) -> Linear:
-        weight, bias = self._reader.weight(stack), self._reader.bias(stack)
+        bias = self._reader.bias(stack)
         if bias is not None:
             bias = self._own(bias, self._ops.dtype)
+        pieces = stored_pieces(self._reader, stack, self._ops.linears, format)
+        if pieces:
+            return self._kept(stack, pieces, bias)
+        weight = self._reader.weight(stack)
         if format is not None and format != BF16:
             if self._quantizer is None:
                 self._quantizer = make_quantizer(make_scale_search(self._ops.threads))
@@ -118,8 +148,51 @@ class WeightLoader(CheckpointLoader):
             return self._ops.linears.packed(packed.to(self._ops.device), bias)
         if format == BF16:
             weight = weight.bfloat16()
+        return self._dense(weight, bias, stack.gated, indexed)
+
+    def _dense(self, weight: Tensor, bias: Tensor | None, gated: bool, indexed: bool) -> Linear:
         weight = weight.to(self._ops.device, self._ops.dtype)
-        return self._ops.linears.dense(weight, bias, gated=stack.gated, indexed=indexed)
+        return self._ops.linears.dense(weight, bias, gated=gated, indexed=indexed)
+
+    def _kept(self, stack: Stack, pieces: Sequence[Piece], bias: Tensor | None) -> Linear:
+        """A product with integers as they are stored, or several for parts of its rows."""
+        if len(pieces) == 1:
+            order = None if stack.order is None else torch.tensor(stack.order)
+            return self._blocks(stack, pieces[0], bias, stack.gated, order)
+        parts: list[Linear] = []
+        row = 0
+        for piece in pieces:
+            part = stack.part(piece.first, piece.end)
+            offsets = None if bias is None else bias[row : row + part.total]
+            row += part.total
+            if piece.blocks:
+                parts.append(self._blocks(part, piece, offsets, False, None))
+            else:
+                parts.append(self._dense(self._reader.weight(part), offsets, False, False))
+        return JoinedLinear(parts, stack.gated, self._ops.silu_and_mul)
+
+    def _blocks(
+        self,
+        stack: Stack,
+        piece: Piece,
+        bias: Tensor | None,
+        gated: bool,
+        order: Tensor | None,
+    ) -> Linear:
+        weight = pack_stored(piece.blocks, gated, order)
+        for kind, rows in zip(self._reader.kinds(stack), stack.rows, strict=True):
+            self.kept[kind] += rows * stack.columns
+        self._reader.count(stack.total * stack.columns * torch.float32.itemsize)
+        linear = self._ops.linears.blocks(weight.to(self._ops.device), bias)
+        columns = piece.blocks[0].order
+        return linear if columns is None else PermutedLinear(linear, columns)
+
+    def embedding(self, name: str, rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+        """See ``CheckpointLoader``; integers are kept as those of other weights."""
+        stack = Stack([name], [rows], columns)
+        if not stored_pieces(self._reader, stack, self._ops.linears, self.plan.body):
+            return super().embedding(name, rows, columns)
+        return self._counted(stack, None, indexed=True).rows
 
     def _table(self, name: str, shape: tuple[int, int]) -> Tensor:
         # Beside weights in some format, it is what a packed checkpoint holds.
@@ -132,12 +205,12 @@ class PackedLoader(CheckpointLoader):
 
     def __init__(
         self,
-        checkpoint: SafetensorsCheckpoint,
+        checkpoint: Checkpoint,
         ops: Ops,
         plan: WeightPlan,
         progress: Progress | None = None,
     ) -> None:
-        super().__init__(WeightReader(checkpoint, progress), ops, plan)
+        super().__init__(WeightReader(checkpoint, LoadMap(), progress), ops, plan)
 
     def _linear(self, stack: Stack, format: WeightFormat | None, indexed: bool) -> Linear:
         assert format is not None
@@ -166,7 +239,19 @@ class PackedLoader(CheckpointLoader):
         return kept
 
 
-def plan_weights(checkpoint: SafetensorsCheckpoint, asked: WeightPlan) -> WeightPlan:
+def stored_pieces(
+    reader: WeightReader, stack: Stack, linears: LinearOps, format: WeightFormat | None
+) -> list[Piece]:
+    """How a stack is put together of integers as they are stored; empty if it is not."""
+    if format is not None or not linears.keeps_blocks:
+        return []
+    pieces = split_stack(reader.blocks(stack))
+    # Rows that change places over several products would have to be put together again.
+    mixed = len(pieces) > 1 and stack.order is not None
+    return [] if mixed or not any(piece.blocks for piece in pieces) else pieces
+
+
+def plan_weights(checkpoint: Checkpoint, asked: WeightPlan) -> WeightPlan:
     """The formats that weights will have: what is asked for, or what a packed checkpoint has.
 
     Raises:
@@ -190,7 +275,8 @@ def plan_weights(checkpoint: SafetensorsCheckpoint, asked: WeightPlan) -> Weight
 
 
 def make_loader(
-    checkpoint: SafetensorsCheckpoint,
+    checkpoint: Checkpoint,
+    load_map: LoadMap,
     ops: Ops,
     asked: WeightPlan,
     progress: Progress | None = None,
@@ -198,5 +284,5 @@ def make_loader(
     """The loader for a checkpoint in the formats that are asked for; raises as ``plan_weights``."""
     plan = plan_weights(checkpoint, asked)
     if WeightPlan.stored(checkpoint.config) is None:
-        return WeightLoader(checkpoint, ops, plan, progress)
+        return WeightLoader(checkpoint, load_map, ops, plan, progress)
     return PackedLoader(checkpoint, ops, plan, progress)

@@ -10,21 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from headrace.contracts.load_map import LoadMap
 from headrace.errors import CheckpointError, ConfigurationError
 from headrace.ops.linear import Linear
 from headrace.ops.packed_weight import WeightFormat
 from headrace.weights.absent_linear import AbsentLinear
+from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.formats import WeightPlan
 from headrace.weights.hub import COMPANION_FILES
 from headrace.weights.quantizers import Quantizer, pack_weight
 from headrace.weights.reader import Progress, Stack, WeightReader
-from headrace.weights.safetensors_checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    SafetensorsCheckpoint,
-)
+from headrace.weights.safetensors_checkpoint import INDEX_FILE, SINGLE_FILE
 from headrace.weights.safetensors_writer import (
     PARTIAL,
     SafetensorsWriter,
@@ -93,9 +92,13 @@ class CheckpointPacker:
         self._write("embedding", f"{name}.weight", stored.bfloat16())
         return AbsentLinear().rows
 
-    def head(self, name: str, rows: int, columns: int) -> Linear:
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        """A parameter of any shape, written as it is stored."""
+        return self._write("vector", name, self._reader.read(name, tuple(shape)))
+
+    def head(self, name: str, rows: int, columns: int, *, bias: bool = False) -> Linear:
         """The output head, written in its format."""
-        return self._pack("head", Stack([name], [rows], columns), self._plan.head)
+        return self._pack("head", Stack([name], [rows], columns, bias), self._plan.head)
 
     def linear(
         self,
@@ -105,9 +108,12 @@ class CheckpointPacker:
         *,
         bias: bool = False,
         gated: bool = False,
+        order: Sequence[int] | None = None,
+        adaptable: bool = True,
     ) -> Linear:
         """A stack of weights, written in the body's format."""
-        return self._pack("layer", Stack(names, rows, columns, bias, gated), self._plan.body)
+        stack = Stack(names, rows, columns, bias, gated, order)
+        return self._pack("layer", stack, self._plan.body)
 
     def _pack(self, part: str, stack: Stack, format: WeightFormat | None) -> Linear:
         assert format is not None
@@ -127,7 +133,8 @@ class CheckpointPacker:
 
 @contextmanager
 def packed_checkpoint(
-    source: SafetensorsCheckpoint,
+    source: Checkpoint,
+    load_map: LoadMap,
     target: Path,
     plan: WeightPlan,
     quantizer: Quantizer,
@@ -151,7 +158,8 @@ def packed_checkpoint(
         with explain_failed_writes(target):
             target.mkdir(parents=True, exist_ok=True)
         with SafetensorsWriter(target / SINGLE_FILE, _header_room(source)) as writer:
-            yield CheckpointPacker(WeightReader(source, progress), writer, plan, quantizer)
+            reader = WeightReader(source, load_map, progress)
+            yield CheckpointPacker(reader, writer, plan, quantizer)
             for name in (CONFIG_FILE, INDEX_FILE):
                 (target / name).unlink(missing_ok=True)
         with explain_failed_writes(target):
@@ -166,7 +174,7 @@ def packed_checkpoint(
         raise
 
 
-def _check(source: SafetensorsCheckpoint, target: Path, force: bool) -> None:
+def _check(source: Checkpoint, target: Path, force: bool) -> None:
     if WeightPlan.stored(source.config) is not None:
         raise CheckpointError(
             f"{source.directory} is packed already; quantize the original model instead"
@@ -185,7 +193,7 @@ def _check(source: SafetensorsCheckpoint, target: Path, force: bool) -> None:
         )
 
 
-def _header_room(source: SafetensorsCheckpoint) -> int:
+def _header_room(source: Checkpoint) -> int:
     """More than the header can take: a source tensor becomes three entries at most.
 
     Names of stacks are no longer than those of their parts together; offsets, sizes and a padding

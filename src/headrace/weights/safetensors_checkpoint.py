@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from headrace.errors import CheckpointError
 from headrace.json_file import read_json
+from headrace.weights.checkpoint import Checkpoint
+from headrace.weights.stored_blocks import StoredBlocks
+from headrace.weights.stored_formats import find_stored_weights
+from headrace.weights.tensor_files import StoredTensor, TensorFiles, check_shape
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""The element types that are read: safetensors' name -> torch's."""
+"""The element types that are read as they are: safetensors' name -> torch's."""
+_SMALL_DTYPES = ("F8_E4M3", "F8_E5M2")
+"""Element types that are read as bfloat16, which has all of their values."""
+_SCALES = ("_scale_inv", "_scale")
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tensor is: its file, opened by safetensors, and its first byte there."""
-
-    path: Path
-    file: Any
-    offset: int
-
-
-class SafetensorsCheckpoint:
+class SafetensorsCheckpoint(Checkpoint):
     """Tensors of a directory by name: views of the mapped files, or read into memory.
 
+    Weights that the files hold quantized, in one of ``STORED_FORMATS``, have here the name and the
+    shape that they have in the unquantized checkpoint, and are dequantized when they are read.
+
     Raises:
-        CheckpointError: no weights, a shard missing, or a file damaged.
+        CheckpointError: no weights, a shard missing, a file damaged, or weights quantized in a
+            variant of their format that is not read.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = read_json(directory / "config.json")
         self._paths = self._find_files()
-        self._places: dict[str, _Place] = {}
-        for path in self._paths:
-            self._places |= _open(path)
+        self._files = TensorFiles(directory, self._paths)
+        self._quantized = find_stored_weights(self.config, self._files)
+        parts = {part for weight in self._quantized.values() for part in weight.parts}
+        self._names = {name for name in self._files if name not in parts} | set(self._quantized)
 
     def _find_files(self) -> list[Path]:
         """The weight files; all of them exist."""
@@ -70,72 +69,89 @@ class SafetensorsCheckpoint:
         return paths
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._names
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._names)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(sorted(self._names))
 
-    def view(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    def view(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        index: int | None = None,
+    ) -> Tensor:
         """A tensor where its file is mapped.
 
         Args:
             dtype: that it must have; any of ``DTYPES`` if ``None``.
+            index: of its first dimension, if only that part is meant; ``shape`` is the part's.
 
         Raises:
             CheckpointError: it is missing, or has another shape or dtype.
         """
-        if name not in self._places:
-            raise CheckpointError(
-                f"{self.directory}: tensor {name!r} is missing in the weights; fetch them again, "
-                "or correct config.json if it describes another model"
-            )
-        path, file = self._places[name].path, self._places[name].file
-        entry = file.get_slice(name)
-        if tuple(entry.get_shape()) != shape:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {entry.get_shape()}, but config.json asks for "
-                f"{list(shape)}; they do not belong together"
-            )
-        if dtype is None and entry.get_dtype() not in DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} is stored as {entry.get_dtype()}; convert it to one of "
-                f"{', '.join(DTYPES.values())}"
-            )
-        tensor: Tensor = file.get_tensor(name)
+        stored = self._files[name]
+        stored.check_shape(shape, index)
+        if dtype is None:
+            _check_dtype(stored)
+        tensor = stored.mapped()
         if dtype is not None and tensor.dtype != dtype:
             raise CheckpointError(
-                f"{path}: tensor {name!r} is stored as {tensor.dtype}, but the packed layout asks "
-                f"for {dtype}; quantize the original model again"
+                f"{stored.path}: tensor {name!r} is stored as {tensor.dtype}, but the packed "
+                f"layout asks for {dtype}; quantize the original model again"
             )
-        return tensor
+        return tensor if index is None else tensor[index]
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor in memory of its own, past the mapping, whose pages would stay with the process.
+    def read(self, name: str, shape: tuple[int, ...], index: int | None = None) -> Tensor:
+        """A tensor in memory of its own; one that is stored quantized is dequantized in fp32.
+
+        Args:
+            index: see ``view``.
 
         Raises:
             CheckpointError: see ``view``; or the file has become shorter.
         """
-        tensor = torch.empty_like(self.view(name, shape))
-        place = self._places[name]
-        rest = tensor.flatten().view(torch.uint8).numpy().data
-        with place.path.open("rb", buffering=0) as file:
-            file.seek(place.offset)
-            while rest:
-                count = file.readinto(rest)
-                if not count:
-                    raise CheckpointError(
-                        f"{place.path}: truncated while it was read; fetch it again"
-                    )
-                rest = rest[count:]
-        return tensor
+        weight = self._quantized.get(name)
+        if weight is not None:
+            check_shape(weight.description, weight.shape, shape, index)
+            return weight.read(index)
+        stored = self._files[name]
+        stored.check_shape(shape, index)
+        if stored.dtype not in _SMALL_DTYPES:
+            _check_dtype(stored)
+            return stored.load(index)
+        if any(name + suffix in self._files for suffix in _SCALES):
+            raise CheckpointError(
+                f"{stored.path}: tensor {name!r} is stored as {stored.dtype} with scales, of which "
+                "config.json says nothing; take the model's unquantized checkpoint, and quantize "
+                "it with `headrace quantize`"
+            )
+        return stored.load(index).bfloat16()
+
+    def kind(self, name: str, index: int | None = None) -> str:
+        """See ``Checkpoint``: safetensors' names of types, or what is stored in their place."""
+        weight = self._quantized.get(name)
+        return self._files[name].dtype if weight is None else weight.kind
+
+    def blocks(self, name: str, index: int | None = None) -> StoredBlocks | None:
+        """See ``Checkpoint``."""
+        weight = self._quantized.get(name)
+        return None if weight is None else weight.blocks(index)
+
+    def release(self) -> None:
+        """See ``Checkpoint``: tensors are read past the mapping."""
 
     @property
     def num_bytes(self) -> int:
-        """Size of the weight files."""
-        return sum(path.stat().st_size for path in self._paths)
+        """Size of the weight files, with quantized weights counted as they are read."""
+        size = sum(path.stat().st_size for path in self._paths)
+        for weight in self._quantized.values():
+            stored = sum(self._files[part].num_bytes for part in weight.parts)
+            size += math.prod(weight.shape) * torch.float32.itemsize - stored
+        return size
 
     @property
     def dtype(self) -> str:
@@ -143,21 +159,14 @@ class SafetensorsCheckpoint:
         named = self.config.get("dtype") or self.config.get("torch_dtype")
         if isinstance(named, str):
             return named.removeprefix("torch.")
-        entries = [place.file.get_slice(name) for name, place in self._places.items()]
-        largest = max(entries, key=lambda entry: math.prod(entry.get_shape()), default=None)
-        return DTYPES.get(largest.get_dtype(), "float32") if largest else "float32"
+        plain = [tensor for name in self._files if (tensor := self._files[name]).dtype in DTYPES]
+        largest = max(plain, key=lambda tensor: math.prod(tensor.shape), default=None)
+        return DTYPES[largest.dtype] if largest else "float32"
 
 
-def _open(path: Path) -> dict[str, _Place]:
-    """The tensors of a file by name."""
-    try:
-        file: Any = safe_open(path, framework="pt", device="cpu")
-        with path.open("rb") as raw:
-            length = int.from_bytes(raw.read(8), "little")
-            header = json.loads(raw.read(length))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or truncated ({error}); fetch it again") from None
-    return {
-        name: _Place(path, file, 8 + length + header[name]["data_offsets"][0])
-        for name in file.keys()  # noqa: SIM118
-    }
+def _check_dtype(stored: StoredTensor) -> None:
+    if stored.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{stored.path}: tensor {stored.name!r} is stored as {stored.dtype}; convert it to one "
+            f"of {', '.join(DTYPES.values())}"
+        )
