@@ -166,7 +166,146 @@ MISTRAL = """\
 {%- endfor %}
 """
 
-TEMPLATES = {"llama3": LLAMA3, "chatml": CHATML, "mistral": MISTRAL}
+GEMMA = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- if messages[0]['content'] is string -%}
+        {%- set first_user_prefix = messages[0]['content'] + '\\n\\n' -%}
+    {%- else -%}
+        {%- set first_user_prefix = messages[0]['content'][0]['text'] + '\\n\\n' -%}
+    {%- endif -%}
+    {%- set loop_messages = messages[1:] -%}
+{%- else -%}
+    {%- set first_user_prefix = "" -%}
+    {%- set loop_messages = messages -%}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant") }}
+    {%- endif -%}
+    {%- set role = "model" if message['role'] == 'assistant' else message['role'] -%}
+    {{ '<start_of_turn>' + role + '\\n' + (first_user_prefix if loop.first else "") }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] -%}
+            {%- if item['type'] == 'image' -%}
+                {{ '<start_of_image>' }}
+            {%- elif item['type'] == 'text' -%}
+                {{ item['text'] | trim }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- else -%}
+        {{ raise_exception("Invalid content type") }}
+    {%- endif -%}
+    {{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{ '<start_of_turn>model\\n' }}
+{%- endif -%}
+"""
+
+LLAMA31 = """\
+{{- bos_token }}
+{%- if custom_tools is defined %}
+    {%- set tools = custom_tools %}
+{%- endif %}
+{%- if not tools_in_user_message is defined %}
+    {%- set tools_in_user_message = true %}
+{%- endif %}
+{%- if not tools is defined %}
+    {%- set tools = none %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{%- macro header(role) -%}
+    {{ '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' }}
+{%- endmacro %}
+{{- header("system") }}
+{%- if builtin_tools is defined or tools is not none %}
+    {{- "Environment: ipython\\n" }}
+{%- endif %}
+{%- if builtin_tools is defined %}
+    {{- "Tools: " + builtin_tools | reject('equalto', 'code_interpreter') | join(", ") + "\\n" }}
+{%- endif %}
+{%- if tools is not none and not tools_in_user_message %}
+    {{- tools | map('tojson', indent=4) | join("\\n\\n") }}
+{%- endif %}
+{{- system_message + '<|eot_id|>' }}
+{%- if tools_in_user_message and not tools is none %}
+    {%- if messages | length != 0 %}
+        {%- set first_user_message = messages[0]['content'] | trim %}
+        {%- set messages = messages[1:] %}
+    {%- else %}
+        {{- raise_exception("There is no user message to put the tools into!") }}
+    {%- endif %}
+    {{- header("user") }}
+    {%- for t in tools %}
+        {{- t | tojson(indent=4, separators=(",", ": "), sort_keys=true) + "\\n\\n" }}
+    {%- endfor %}
+    {{- first_user_message + "<|eot_id|>" }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if not (message.role in ['ipython', 'tool'] or 'tool_calls' in message) %}
+        {{- header(message['role']) + message['content'] | trim + '<|eot_id|>' }}
+    {%- elif 'tool_calls' in message %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- header('assistant') }}
+        {%- if builtin_tools is defined and call.name in builtin_tools %}
+            {{- "<|python_tag|>" + call.name + ".call(" }}
+            {%- for name, value in call.arguments | items %}
+                {{- '%s="%s"' % (name, value) }}{{ ", " if not loop.last }}
+            {%- endfor %}
+            {{- ")<|eom_id|>" }}
+        {%- else %}
+            {{- '{"name": "{}", "parameters": '.replace('{}', call.name) }}
+            {{- call.arguments | tojson + "}<|eot_id|>" }}
+        {%- endif %}
+    {%- else %}
+        {{- header("ipython") }}
+        {{- message.content | tojson if message.content is mapping else message.content }}
+        {{- "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- header("assistant") }}
+{%- endif %}
+"""
+
+REASONING = """\
+{%- set ns = namespace(system='', first=true) -%}
+{%- for message in messages if message['role'] == 'system' -%}
+    {%- set ns.system = ns.system + ('' if ns.first else '\\n\\n') + message['content'] -%}
+    {%- set ns.first = false -%}
+{%- endfor -%}
+{{ bos_token }}{{ ns.system }}
+{%- for message in messages | rejectattr('role', 'in', ['system']) -%}
+    {%- if message.role == 'assistant' -%}
+        <|assistant|>
+        {%- if message.reasoning_content is defined -%}
+            <think>{{ message['reasoning_content'] }}|{{ message.thinking }}</think>
+        {%- endif -%}
+        {{ (message.content or '').split('</think>') | last }}{{ eos_token }}
+    {%- else -%}
+        {{ '<|{}|>{:<4}'.format(message.role | title, message['content']) }}
+    {%- endif -%}
+{%- endfor -%}
+{{ '<|assistant|>' if add_generation_prompt }}
+{%- if enable_thinking | default(true) %}{{ '<think>\\n' }}{% endif %}
+"""
+
+TEMPLATES = {
+    "llama3": LLAMA3,
+    "llama31": LLAMA31,
+    "chatml": CHATML,
+    "mistral": MISTRAL,
+    "gemma": GEMMA,
+    "reasoning": REASONING,
+}
 TOOLS = [
     {
         "type": "function",
@@ -184,6 +323,11 @@ CONVERSATIONS = {
     "question": [USER],
     "system": [{"role": "system", "content": "Be terse."}, USER],
     "turns": [USER, ANSWER, {"role": "user", "content": "And now?"}],
+    "parts": [
+        {"role": "system", "content": [{"type": "text", "text": "Be terse."}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " What? "}]},
+    ],
+    "reasoning": [USER, ANSWER | {"reasoning": "so"}, USER, ANSWER | {"reasoning_content": "b"}],
     "absent entries": [USER, ANSWER | {"name": None, "tool_calls": None}, USER],
     "tools": [
         USER,
@@ -192,6 +336,13 @@ CONVERSATIONS = {
         ANSWER,
     ],
 }
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"date_string": "26 Jul 2024", "enable_thinking": False, "tools_in_user_message": False},
+    {"date_string": "", "builtin_tools": ["code_interpreter", "open_gate", "search"]},
+]
 
 
 @pytest.fixture
@@ -223,7 +374,7 @@ def test_renders_as_transformers(
     put(directory, TEMPLATES[name])
     messages = CONVERSATIONS[conversation]
     ours, theirs = Tokenizer(directory), PreTrainedTokenizerFast.from_pretrained(directory)
-    for options in ({}, {"enable_thinking": False, "date_string": "26 Jul 2024"}):
+    for options in OPTIONS:
         for prompt in (True, False):
             arguments: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt} | options
             expected = attempt(theirs.apply_chat_template, messages, tokenize=False, **arguments)
@@ -326,11 +477,20 @@ def test_settings_that_hold_no_template(directory: Path, template: object) -> No
         Tokenizer(directory)
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{ x | no_such_filter }}", "{" * 3 + "(" * 5000])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for %}",
+        "{{ x | no_such_filter }}",
+        "{" * 3 + "(" * 5000,
+        "{% for x in [1] %}" * 30 + "{% endfor %}" * 30,
+        "{{ x | batch(3) }}",
+    ],
+)
 def test_a_template_that_is_not_jinja(directory: Path, source: str) -> None:
     (directory / "chat_template.jinja").write_text(source)
     with pytest.raises(
-        CheckpointError, match=r"chat_template\.jinja is not valid.*fix it or remove"
+        CheckpointError, match=r"'default' in .*chat_template\.jinja is not valid.*fix it or remove"
     ):
         Tokenizer(directory)
 
@@ -380,33 +540,16 @@ def test_deeply_nested_messages_are_refused(directory: Path) -> None:
         content = content.pop()
 
 
-# The sandbox
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ messages.__class__.__mro__ }}",
-        "{{ ''.__class__.__base__.__subclasses__() }}",
-        "{{ raise_exception.__globals__.os }}",
-        "{{ cycler.__init__.__globals__ }}",
-        "{{ namespace.__init__.__globals__ }}",
-        "{{ ('%s' | attr('format')).__globals__.os }}",
-        "{% set _ = messages.append(1) %}",
-        "{% set _ = messages[0].update(role='x') %}",
-        "{% include '/etc/passwd' %}",
-        "{{ 'a' * 10 ** 12 }}",
-        "{{ 1 // 0 }}",
-        "{{ nothing.at.all }}",
-        "{{ range(10 ** 7) }}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    ],
-)
-def test_a_template_cannot_break_out(source: str) -> None:
-    with pytest.raises(InvalidRequestError, match="the chat template refuses") as caught:
-        render(source, USER)
-    assert caught.value.field == "messages"
-
-
-def test_a_format_string_sees_no_internals() -> None:
-    assert render("{{ '{0.__class__}'.format(1) }}{{ '{0}'.format(1) }}") == "1"
+def test_every_switch_reaches_the_template(directory: Path) -> None:
+    put(
+        directory,
+        "{{ enable_thinking }} {{ reasoning_effort }} {{ other.deep[0] }} {{ tools[0].a }}",
+    )
+    rendered = Tokenizer(directory).apply_chat_template(
+        [USER],
+        tools=[{"a": "b"}],
+        enable_thinking=False,
+        reasoning_effort="high",
+        other={"deep": [1]},
+    )
+    assert rendered == "False high 1 b"

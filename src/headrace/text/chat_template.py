@@ -1,7 +1,7 @@
 """Chat templates: Jinja programs that come with a checkpoint, run in a sandbox.
 
-The sandbox keeps a template from Python's internals, and it sees plain JSON values only. What it
-takes in time and memory is not limited: an endless template is the checkpoint's fault.
+The sandbox keeps a template from Python's internals, and it sees plain JSON values only. How far it
+is kept from filling the machine, ``template_bounds`` says.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from headrace.errors import CheckpointError, InvalidRequestError
 from headrace.json_file import read_json
+from headrace.text.template_bounds import BoundedEnvironment
+
+_LONGEST_REASON = 1000
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""What a message's reasoning is called; templates read it by one of the first two names."""
 
 
 class ChatTemplate:
@@ -28,32 +32,36 @@ class ChatTemplate:
     Args:
         source: the Jinja text.
         origin: the file it comes from, for error messages.
+        name: by which the checkpoint calls it.
 
     Raises:
         CheckpointError: the template is not valid Jinja.
     """
 
-    def __init__(self, source: str, origin: Path) -> None:
-        environment = ImmutableSandboxedEnvironment(
+    def __init__(self, source: str, origin: Path | str, name: str = "default") -> None:
+        # Requests see the file's name, but not where it lies on this machine.
+        self._name = f"{name!r} of {Path(origin).name}"
+        self._environment = environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
         )
-        environment.filters["tojson"] = _tojson
+        environment.add_filter("tojson", _tojson)
         environment.globals |= {
             "raise_exception": _raise_exception,
-            "strftime_now": lambda form: datetime.now().strftime(form),
+            "strftime_now": _strftime_now,
         }
         try:
-            self._template = environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+            self._template = environment.bounded_template(source)
+        except Exception as error:  # it becomes Python, whose compiler has limits of its own
             raise CheckpointError(
-                f"the chat template in {origin} is not valid: {error}; fix it or remove it"
+                f"the chat template {name!r} in {origin} is not valid: {error}; fix it or remove it"
             ) from error
 
     def render(self, messages: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
         """The prompt for a conversation.
 
         Args:
-            messages: as in OpenAI's API; entries that are ``None`` count as absent.
+            messages: as in OpenAI's API; entries that are ``None`` count as absent. Reasoning has
+                each name that templates read it by.
             variables: what the template may use beside ``messages``.
 
         Raises:
@@ -63,11 +71,14 @@ class ChatTemplate:
         try:
             values = {name: _plain(value, name) for name, value in variables.items()}
             values["messages"] = [_message(message) for message in messages]
-            return self._template.render(values)
+            return self._environment.render_bounded(self._template, values)
         except InvalidRequestError:
             raise
         except Exception as error:  # a template can raise whatever Python can
-            raise InvalidRequestError("messages", f"the chat template refuses: {error}") from error
+            raise InvalidRequestError(
+                "messages",
+                f"the chat template {self._name} refuses: {str(error)[:_LONGEST_REASON]}",
+            ) from error
 
 
 def load_chat_templates(directory: Path, configured: Any) -> dict[str, ChatTemplate]:
@@ -83,7 +94,7 @@ def load_chat_templates(directory: Path, configured: Any) -> dict[str, ChatTempl
         files = {"default": file}
         for other in sorted((directory / "additional_chat_templates").glob("*.jinja")):
             files[other.stem] = other
-        return {name: ChatTemplate(_read(path), path) for name, path in files.items()}
+        return {name: ChatTemplate(_read(path), path, name) for name, path in files.items()}
     origin = directory / "tokenizer_config.json"
     file = directory / "chat_template.json"
     if file.is_file():
@@ -101,7 +112,7 @@ def load_chat_templates(directory: Path, configured: Any) -> dict[str, ChatTempl
             f"chat_template in {origin} must be a string or a list of objects with a name and a "
             "template; fetch the file again"
         )
-    return {name: ChatTemplate(source, origin) for name, source in sources.items()}
+    return {name: ChatTemplate(source, origin, name) for name, source in sources.items()}
 
 
 def _read(file: Path) -> str:
@@ -114,7 +125,11 @@ def _read(file: Path) -> str:
 def _message(message: object) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise InvalidRequestError("messages", "each message must be an object with a role")
-    return {n: _plain(value, "messages") for n, value in message.items() if value is not None}
+    plain = {n: _plain(value, "messages") for n, value in message.items() if value is not None}
+    reasoning = next((plain[name] for name in _REASONING if name in plain), None)
+    if reasoning is None:
+        return plain
+    return {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
 def _plain(value: object, field: str) -> Any:
@@ -143,6 +158,22 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+def _strftime_now(format: str) -> str:
+    """The time of day and date, as templates of Llama 3.1 ask for it."""
+    return datetime.now().strftime(format)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """JSON as it is; Jinja's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    if indent is None:
+        return encoder.encode(value)
+    return BoundedEnvironment.concat(encoder.iterencode(value))

@@ -8,13 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.text import TextStream
-from headrace.errors import CheckpointError, InvalidRequestError
-from headrace.json_file import read_json
-from headrace.text.chat_template import load_chat_templates
+from headrace.errors import InvalidRequestError
 from headrace.text.detokenizer import (
     ByteDecoder,
     Detokenizer,
@@ -23,11 +19,9 @@ from headrace.text.detokenizer import (
     piece_bytes,
 )
 from headrace.text.stop_strings import StopStrings
-
-_NAMED_TOKENS = tuple(
-    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-)
-_LEGACY_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
+from headrace.text.vocabularies.directory import read_directory
+from headrace.text.vocabularies.gguf import read_gguf
+from headrace.text.vocabularies.vocabulary import Vocabulary
 
 
 class Tokenizer:
@@ -45,23 +39,37 @@ class Tokenizer:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._tokenizer = _load(directory)
-        settings = read_json(directory / "special_tokens_map.json", required=False)
-        settings |= read_json(directory / "tokenizer_config.json", required=False)
-        names = {name: _content(settings.get(name)) for name in _NAMED_TOKENS}
-        self._names = {name: text for name, text in names.items() if text is not None}
-        _add_named_tokens(self._tokenizer, self._names, settings)
-        self._templates = load_chat_templates(directory, settings.get("chat_template"))
+        self._use(read_directory(directory))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], origin: str = "the GGUF file") -> Tokenizer:
+        """The tokenizer that the metadata of a GGUF file describe.
+
+        Args:
+            metadata: all of the file's, by key; lists may be any iterables.
+            origin: the file, for error messages.
+
+        Raises:
+            CheckpointError: an entry is missing, damaged or of an unknown kind; it names the key.
+        """
+        tokenizer = cls.__new__(cls)
+        tokenizer._use(read_gguf(metadata, origin))
+        return tokenizer
+
+    def _use(self, vocabulary: Vocabulary) -> None:
+        """Take what a checkpoint says, wherever it was read."""
+        self._tokenizer = vocabulary.tokenizer
+        self._names = vocabulary.names
+        self._templates = vocabulary.templates
+        self.bos_token_id = vocabulary.bos_token_id
+        self.eos_token_id = vocabulary.eos_token_id
         self.has_chat_template = bool(self._templates)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_names = {i: token.content for i, token in added.items() if token.special}
         self.special_token_ids = frozenset(self._special_names)
-        vocabulary = self._tokenizer.get_vocab()
-        self.vocab_size = 1 + max(vocabulary.values(), default=-1)
-        self.longest_token = max(map(len, vocabulary), default=0)
-        model = read_json(directory / "config.json", required=False)
-        self.bos_token_id = self._named_id("bos_token", model)
-        self.eos_token_id = self._named_id("eos_token", model)
+        known = self._tokenizer.get_vocab()
+        self.vocab_size = 1 + max(known.values(), default=-1)
+        self.longest_token = max(map(len, known), default=0)
         decoder = self._tokenizer.decoder
         self._piece_bytes = piece_bytes(decoder and json.loads(decoder.__getstate__()))
         self._bytes = functools.cache(self._compute_bytes)
@@ -170,60 +178,8 @@ class Tokenizer:
         stops = self._stop_strings(params.stop_strings)
         return Detokenizer(decoder, stops, params.include_stop_str_in_output)
 
-    def _named_id(self, name: str, model: Mapping[str, Any]) -> int | None:
-        """The id of a named token, from the model's settings if the tokenizer's lack it."""
-        if name in self._names:
-            return self._tokenizer.token_to_id(self._names[name])
-        value = model.get(f"{name}_id")
-        first = value[0] if isinstance(value, list) and value else value
-        return first if isinstance(first, int) else None
-
     def _compute_bytes(self, token_id: int) -> bytes:
         if self._piece_bytes is None:
             return self.decode([token_id], skip_special_tokens=False).encode()
         piece = self._tokenizer.id_to_token(token_id)
         return b"" if piece is None else self._piece_bytes(piece)
-
-
-def _load(directory: Path) -> tokenizers.Tokenizer:
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        legacy = [name for name in _LEGACY_FILES if (directory / name).is_file()]
-        fix = "copy it from where the model came from"
-        if legacy:
-            fix = (
-                f"convert {legacy[0]} once with transformers: AutoTokenizer.from_pretrained"
-                f"({str(directory)!r}).save_pretrained({str(directory)!r})"
-            )
-        raise CheckpointError(f"{file} does not exist; {fix}")
-    try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the package raises nothing narrower, and its panics this
-        raise CheckpointError(f"{file} is damaged ({error}); download it again") from error
-    # The file may hold settings of the training run; a prompt is neither cut nor filled up.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _content(token: object) -> str | None:
-    """The text of a token, which stands in settings as a string or as an object."""
-    if isinstance(token, Mapping):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
-
-
-def _add_named_tokens(
-    tokenizer: tokenizers.Tokenizer, names: Mapping[str, str], settings: Mapping[str, Any]
-) -> None:
-    """Make special what the settings name, as far as the vocabulary has it."""
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    candidates = list(names.values())
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        if isinstance(settings.get(key), list):
-            candidates += filter(None, map(_content, settings[key]))
-    tokenizer.add_special_tokens(
-        [c for c in candidates if c not in known and tokenizer.token_to_id(c) is not None]
-    )
