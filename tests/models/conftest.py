@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.models.expected import Expected
-from tests.support.checkpoints import CONFIGS, make_model, save_checkpoint
+from tests.support.checkpoints import ALL_CONFIGS, CONFIGS, make_model, save_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def expectations(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Ex
 
     def expectation(name: str) -> Expected:
         if name not in made:
-            model = make_model(CONFIGS[name]())
+            model = make_model(ALL_CONFIGS[name]())
             made[name] = Expected(model, save_checkpoint(model, tmp_path_factory.mktemp(name)))
         return made[name]
 
