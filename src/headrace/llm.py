@@ -9,14 +9,21 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from headrace.adapters import AdapterRegistry, read_adapter
 from headrace.config import EngineConfig
 from headrace.contracts.outputs import RequestOutput, SequenceUpdate
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.stats import EngineStats
+from headrace.contracts.step import Pooling
 from headrace.errors import (
     EngineClosedError,
     GenerationError,
@@ -34,6 +41,8 @@ policy, before anything of the next one is seen.
 
 Messages = Sequence[Mapping[str, Any]]
 
+_NO_OUTPUT = SamplingParams(max_tokens=0)
+
 
 class _Input(NamedTuple):
     """A prompt that could run: its text (if there is one), tokens, and ends of its segments."""
@@ -47,21 +56,32 @@ class _Face:
     """What the two faces share: a loaded engine, prompts in, sampling defaults."""
 
     def __init__(
-        self, model: str | None = None, *, progress: LoadProgress | None = None, **options: Any
+        self,
+        model: str | None = None,
+        *,
+        adapters: Mapping[str, str | Path] | None = None,
+        progress: LoadProgress | None = None,
+        **options: Any,
     ) -> None:
         """Load ``model`` (the embedded one if ``None``).
 
         Args:
+            adapters: name -> directory of a PEFT adapter.
             progress: called with bytes loaded and bytes in all.
             options: fields of ``EngineConfig``.
         """
         self.config: EngineConfig = make_config(model, options)
+        read = {name: read_adapter(Path(path)) for name, path in (adapters or {}).items()}
         loaded = load_engine(self.config, progress)
         self.engine = loaded.engine
         self.tokenizer = loaded.tokenizer
         self.model_info = loaded.info
         self._defaults = loaded.generation_defaults
+        self._embedding = loaded.pooling
+        self.adapters = AdapterRegistry(loaded.adapters)
         self._numbers = itertools.count()
+        for name, weights in read.items():
+            self.adapters.add(name, weights)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
         """What the model's ``generation_config.json`` recommends, changed by ``overrides``."""
@@ -83,13 +103,24 @@ class _Face:
         """A snapshot of the engine's gauges and counters."""
         return self.engine.stats()
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams) -> _Input:
+    def check_text(self, text: Prompt) -> list[int]:
+        """Token ids of a text that could be embedded. Raises InvalidRequestError otherwise."""
+        return self._prepare(text, _NO_OUTPUT, self._embedding.pooling).token_ids
+
+    def _prepare(
+        self, prompt: Prompt, params: SamplingParams, pooling: Pooling | None = None
+    ) -> _Input:
         """Tokens of a request that could run."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("sampling_params", f"must be SamplingParams, got {params!r}")
         prepared = self._tokenize(prompt)
-        self.engine.check_request(prepared.token_ids, params)
+        self.engine.check_request(prepared.token_ids, params, pooling)
         return prepared
+
+    def _finish_embedding(self, output: RequestOutput, dimensions: int | None) -> RequestOutput:
+        if output.embedding is not None:
+            output.embedding = self._embedding.finish(output.embedding, dimensions)
+        return output
 
     def _tokenize(self, prompt: Prompt) -> _Input:
         if isinstance(prompt, Mapping):
@@ -152,6 +183,7 @@ class LLM(_Face):
         *,
         use_tqdm: bool | None = None,
         priority: int = 0,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts, batched. Results are in the order of the prompts.
 
@@ -160,6 +192,7 @@ class LLM(_Face):
             sampling_params: one for all prompts, one each, or the model's defaults.
             use_tqdm: show a progress bar; on a terminal if ``None``.
             priority: see ``EngineConfig.scheduling_policy``.
+            adapter: name of a loaded adapter, for all prompts or one each; ``None`` is the model.
 
         Returns:
             One result per prompt; one that failed while running carries ``error``.
@@ -169,10 +202,23 @@ class LLM(_Face):
         """
         listed = _list_prompts(prompts)
         params = self._params_for(len(listed), sampling_params)
-        jobs = []
-        for prompt, each in zip(listed, params, strict=True):
-            jobs.append((self._prepare(prompt, each), each))
-        return self._run(jobs, use_tqdm, priority)
+        jobs = [
+            (self._prepare(prompt, each), each) for prompt, each in zip(listed, params, strict=True)
+        ]
+        with self._profiles_for(len(listed), adapter) as profiles:
+            return self._run(jobs, profiles, use_tqdm, priority)
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Load a PEFT adapter under a name, in place of one that had it.
+
+        Raises:
+            CheckpointError: it cannot be read, or is for another model.
+        """
+        self.adapters.add(name, read_adapter(Path(path)))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises InvalidRequestError if there is none of that name."""
+        self.adapters.remove(name)
 
     def chat(
         self,
@@ -182,8 +228,9 @@ class LLM(_Face):
         use_tqdm: bool | None = None,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
-        """Answer conversations, formatted by the model's chat template."""
+        """Answer conversations, formatted by the model's chat template; see ``generate``."""
         prompts = [
             {
                 "prompt_token_ids": self.tokenizer.encode_chat(
@@ -196,7 +243,40 @@ class LLM(_Face):
             }
             for conversation in _list_conversations(messages)
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, adapter=adapter)
+
+    def embed(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        *,
+        dimensions: int | None = None,
+        use_tqdm: bool | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+    ) -> list[RequestOutput]:
+        """Embeddings of texts, batched, in the order of the texts.
+
+        Pooled and normalized as the files of sentence-transformers in the checkpoint say; without
+        them from the last token of a decoder, or the mean over all tokens of an encoder.
+
+        Args:
+            dimensions: elements of an embedding, of models whose first ones are embeddings too.
+            adapter: see ``generate``.
+
+        Returns:
+            One result per text, its ``embedding`` ``[width]``.
+
+        Raises:
+            InvalidRequestError: a text is wrong; nothing has run then.
+        """
+        if dimensions is not None and (not _is_token_id(dimensions) or dimensions < 1):
+            raise InvalidRequestError("dimensions", f"must be positive, got {dimensions!r}")
+        pooling = self._embedding.pooling
+        jobs = [
+            (self._prepare(text, _NO_OUTPUT, pooling), _NO_OUTPUT) for text in _list_prompts(texts)
+        ]
+        with self._profiles_for(len(jobs), adapter) as profiles:
+            outputs = self._run(jobs, profiles, use_tqdm, 0, pooling)
+        return [self._finish_embedding(output, dimensions) for output in outputs]
 
     def _params_for(self, count: int, given: Any) -> list[SamplingParams]:
         """One for all, one each, or the defaults, as a list."""
@@ -210,21 +290,41 @@ class LLM(_Face):
             )
         return list(given)
 
+    @contextlib.contextmanager
+    def _profiles_for(
+        self, count: int, adapter: str | Sequence[str | None] | None
+    ) -> Iterator[list[Profile]]:
+        """A profile for each prompt; adapters stay as long as the context lasts."""
+        if adapter is None or isinstance(adapter, str):
+            adapter = [adapter] * count
+        if len(adapter) != count:
+            raise InvalidRequestError("adapter", f"{len(adapter)} were given for {count} prompts")
+        keys: list[str] = []
+        try:
+            # One by one: those before a name that is unknown have to be released.
+            keys.extend("" if name is None else self.adapters.acquire(name) for name in adapter)
+            yield [Profile(adapter=key) for key in keys]
+        finally:
+            for key in filter(None, keys):
+                self.adapters.release(key)
+
     def _run(
         self,
         jobs: list[tuple[_Input, SamplingParams]],
+        profiles: list[Profile],
         use_tqdm: bool | None,
         priority: int,
+        pooling: Pooling | None = None,
     ) -> list[RequestOutput]:
         """Feed the queue as it has room, step until all jobs are done."""
         builders: dict[str, OutputBuilder] = {}
-        pending = deque(jobs)
+        pending = deque(zip(jobs, profiles, strict=True))
         show = sys.stderr.isatty() if use_tqdm is None else use_tqdm
         advance, stop = _progress_bar(len(jobs)) if show else (None, None)
         try:
             while pending or self.engine.has_unfinished_requests:
                 while pending and not self.engine.queue_is_full:
-                    prompt, params = pending.popleft()
+                    (prompt, params), profile = pending.popleft()
                     request_id = str(next(self._numbers))
                     builders[request_id] = self._new_builder(request_id, prompt, params)
                     self.engine.add_request(
@@ -232,7 +332,9 @@ class LLM(_Face):
                         prompt.token_ids,
                         params,
                         priority=priority,
+                        profile=profile,
                         boundaries=prompt.boundaries,
+                        pooling=pooling,
                     )
                 for update in self.engine.step():
                     if update.request_id not in builders:
@@ -279,12 +381,18 @@ class AsyncLLM(_Face):
     """
 
     def __init__(
-        self, model: str | None = None, *, progress: LoadProgress | None = None, **options: Any
+        self,
+        model: str | None = None,
+        *,
+        adapters: Mapping[str, str | Path] | None = None,
+        progress: LoadProgress | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(model, progress=progress, **options)
+        super().__init__(model, adapters=adapters, progress=progress, **options)
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._engine_ids: dict[str, str] = {}
+        self._calls: set[Future[object]] = set()
         self._closed = False
         self._draining = False
         self._failure: BaseException | None = None
@@ -299,10 +407,13 @@ class AsyncLLM(_Face):
         *,
         priority: int = 0,
         profile: Profile = EXACT,
+        pooling: Pooling | None = None,
+        adapter: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's live, cumulative result after each update.
 
-        Closing the iterator early ends the request and frees its pages.
+        Closing the iterator early ends the request and frees its pages. ``adapter`` is the name of
+        a loaded one.
 
         Raises:
             InvalidRequestError: the request is wrong.
@@ -311,7 +422,7 @@ class AsyncLLM(_Face):
             EngineClosedError: the engine is draining or closed.
         """
         params = self.default_sampling_params() if sampling_params is None else sampling_params
-        prepared = self._prepare(prompt, params)
+        prepared = self._prepare(prompt, params, pooling)
         engine_id = str(next(self._numbers))
         if request_id is None:
             request_id = f"request-{engine_id}"
@@ -320,9 +431,16 @@ class AsyncLLM(_Face):
         if self._engine_ids.setdefault(request_id, engine_id) != engine_id:
             raise InvalidRequestError("request_id", f"{request_id!r} is already running")
         self._streams[engine_id] = stream
+        key = None
         try:
+            if adapter is not None:
+                key = self.adapters.acquire(adapter)
+                profile = replace(profile, adapter=key)
             self._check_open()
-            self._inbox.put(lambda: self._add(engine_id, prepared, params, priority, profile))
+            self._check_room()
+            self._inbox.put(
+                lambda: self._add(engine_id, prepared, params, priority, profile, pooling)
+            )
             while not output.finished:
                 received = [await stream.updates.get()]
                 while not stream.updates.empty():
@@ -338,17 +456,75 @@ class AsyncLLM(_Face):
             del self._streams[engine_id], self._engine_ids[request_id]
             if not output.finished:
                 self._inbox.put(lambda: self.engine.abort_request(engine_id))
+            if key is not None:
+                self._inbox.put(partial(self.adapters.release, key))
+
+    async def embed(
+        self,
+        text: Prompt,
+        request_id: str | None = None,
+        *,
+        dimensions: int | None = None,
+        priority: int = 0,
+        adapter: str | None = None,
+    ) -> RequestOutput:
+        """The embedding of a text; see ``LLM.embed``, and ``generate`` for what it raises."""
+        pooling = self._embedding.pooling
+        options: dict[str, Any] = {"priority": priority, "pooling": pooling, "adapter": adapter}
+        stream = self.generate(text, _NO_OUTPUT, request_id, **options)
+        async with aclosing(stream):
+            outputs = [output async for output in stream]
+        return self._finish_embedding(outputs[-1], dimensions)
 
     def _check_open(self) -> None:
-        """Refuse a request that cannot be queued now.
+        """Refuse what cannot be done any more.
 
-        Its stream is known already: an engine that closes after this check tells the stream.
+        Its stream or call is known already: an engine that closes after this check tells it.
         """
         if self._closed or self._draining:
             raise EngineClosedError("the engine takes no more requests") from self._failure
+
+    def _check_room(self) -> None:
+        """Refuse a request that cannot be queued now."""
         if self.engine.queue_is_full:
             # Known at once; asking the engine's thread could take a whole step.
             raise OverloadedError("the queue is full; try again later")
+
+    async def load_adapter(self, name: str, path: str | Path) -> None:
+        """See ``LLM.load_adapter``; requests go on meanwhile.
+
+        Raises:
+            EngineClosedError: the engine is draining or closed.
+        """
+        weights = await asyncio.to_thread(read_adapter, Path(path))
+        await self._in_engine(lambda: self.adapters.add(name, weights))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Offer an adapter no longer; requests that use it go on with it."""
+        await self._in_engine(lambda: self.adapters.remove(name))
+
+    async def _in_engine(self, function: Callable[[], object]) -> None:
+        """Call in the engine's thread, between two steps; raises what it raises.
+
+        A call whose task is cancelled before its turn is left out.
+        """
+        done: Future[object] = Future()
+
+        def call() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                done.set_result(function())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._calls.add(done)
+        try:
+            self._check_open()
+            self._inbox.put(call)
+            await asyncio.wrap_future(done)
+        finally:
+            self._calls.discard(done)
 
     @property
     def is_running(self) -> bool:
@@ -391,7 +567,7 @@ class AsyncLLM(_Face):
             raise
         finally:
             self._closed = True
-            self._fail_streams()
+            self._fail_everybody()
 
     def _add(
         self,
@@ -400,6 +576,7 @@ class AsyncLLM(_Face):
         params: SamplingParams,
         priority: int,
         profile: Profile,
+        pooling: Pooling | None,
     ) -> None:
         try:
             self.engine.add_request(
@@ -409,6 +586,7 @@ class AsyncLLM(_Face):
                 priority=priority,
                 profile=profile,
                 boundaries=prompt.boundaries,
+                pooling=pooling,
             )
         except Exception as error:
             if stream := self._streams.get(engine_id):
@@ -433,11 +611,18 @@ class AsyncLLM(_Face):
         for loop, batch in by_loop.items():
             _call_in(loop, _put_all, batch)
 
-    def _fail_streams(self) -> None:
+    def _fail_everybody(self) -> None:
+        """Tell all who wait for the engine that it has ended."""
         for stream in list(self._streams.values()):
-            error = EngineClosedError("the engine was closed while the request was running")
-            error.__cause__ = self._failure
-            _call_in(stream.loop, stream.updates.put_nowait, error)
+            _call_in(stream.loop, stream.updates.put_nowait, self._ending())
+        for done in list(self._calls):
+            with contextlib.suppress(InvalidStateError):  # it was done, or nobody waits for it
+                done.set_exception(self._ending())
+
+    def _ending(self) -> EngineClosedError:
+        error = EngineClosedError("the engine was closed while the request was running")
+        error.__cause__ = self._failure
+        return error
 
 
 def _put_all(batch: list[tuple[_Stream, SequenceUpdate]]) -> None:

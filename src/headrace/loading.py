@@ -9,24 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from headrace.config import EngineConfig
-from headrace.contracts.cache import CacheLayout
+from headrace.contracts.cache import CacheLayout, layout_of
+from headrace.embedding import EmbeddingSettings
 from headrace.engine.clock import MonotonicClock
-from headrace.engine.compose import compose_engine, fit_context
+from headrace.engine.compose import compose_engine, fit_context, shares_prefixes
 from headrace.engine.engine import Engine, EngineLimits
 from headrace.errors import ConfigurationError
 from headrace.exec.runner import LocalRunner
 from headrace.exec.sampling.sampler import Sampler
-from headrace.json_file import read_json
 from headrace.kv.arena import KVArena
-from headrace.kv.policies import make_kv_policy
+from headrace.kv.policies import FULL, make_kv_policy
+from headrace.model_files import ModelFiles, open_model, read_tokenizer
 from headrace.models.base import find_architecture
 from headrace.ops.device import Device, resolve_device
 from headrace.ops.scale_search import make_scale_search
 from headrace.ops.table import make_ops
 from headrace.text.tokenizer import Tokenizer
+from headrace.weights.adapters import AdapterBank
 from headrace.weights.formats import WeightPlan
-from headrace.weights.hub import resolve_model
-from headrace.weights.loader import make_loader
+from headrace.weights.hub import is_gguf, resolve_model
+from headrace.weights.loader import CheckpointLoader, make_loader
 from headrace.weights.packing import PackedModel, packed_checkpoint
 from headrace.weights.quantizers import DEFAULT_QUANTIZER, make_quantizer
 from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
@@ -49,6 +51,7 @@ class ModelInfo:
         max_model_len: tokens that one sequence may have.
         kv_token_bytes: bytes of KV cache per token.
         num_pages, block_size: pages of the arena, and slots of a page.
+        prefix_caching: whether equal prefixes are computed once.
     """
 
     name: str
@@ -67,6 +70,7 @@ class ModelInfo:
     kv_token_bytes: int
     num_pages: int
     block_size: int
+    prefix_caching: bool
 
 
 @dataclass(slots=True)
@@ -77,6 +81,8 @@ class LoadedEngine:
     tokenizer: Tokenizer
     info: ModelInfo
     generation_defaults: dict[str, Any]
+    pooling: EmbeddingSettings
+    adapters: AdapterBank
 
 
 def embedded_model() -> Path:
@@ -101,15 +107,11 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     device = resolve_device(config.device)
     plan = WeightPlan.parse(config.weights, config.head_weights)
     kv_policy = make_kv_policy(config.kv)
-    directory = find_model(config)
-    checkpoint = SafetensorsCheckpoint(directory)
+    files = open_model(find_model(config))
+    checkpoint = files.checkpoint
     architecture = find_architecture(checkpoint.config)
     shape = architecture.shape(checkpoint.config)
-    tokenizer = Tokenizer(
-        resolve_model(config.tokenizer, None, config.download_dir, weights=False)
-        if config.tokenizer
-        else directory
-    )
+    tokenizer = find_tokenizer(config, files)
     wanted = "float32" if config.reference else config.dtype
     dtype = device.choose_dtype(wanted, checkpoint.dtype)
     ops = make_ops(
@@ -119,42 +121,47 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         threads=config.num_threads,
         isa=config.isa,
     )
-    loader = make_loader(checkpoint, ops, plan, _counted(progress, checkpoint.num_bytes))
-    model = architecture(checkpoint.config, loader, ops)
-
     cache_dtype = config.cache_dtype(dtype)
-    layout = architecture.cache_layout(checkpoint.config, cache_dtype, config.block_size)
-    num_pages = size_arena(config, layout, shape.context, device, loader.mapped_bytes)
-    context = fit_context(config, layout, num_pages, shape.context)
+    layout = layout_of(architecture.layer_states(checkpoint.config, cache_dtype), config.block_size)
+    check_composition(config, layout)
+    prefix_caching = shares_prefixes(config, layout, architecture.causal)
+    counted = _counted(progress, checkpoint.num_bytes)
+    loader = make_loader(checkpoint, architecture.load_map, ops, plan, counted)
+    model = architecture(config_for(checkpoint.config, config.max_model_len), loader, ops)
+
+    chunk = config.max_num_batched_tokens or device.step_tokens
+    if not architecture.causal:
+        chunk = max(chunk, config.max_model_len or shape.context)
+    num_pages = size_arena(config, layout, shape.context, chunk, device, loader.mapped_bytes)
+    context = fit_context(config, layout, num_pages, shape.context, chunk)
     sampler = Sampler(selection=ops.selection)
-    runner = LocalRunner(model, KVArena(layout, num_pages, device.name), ops, sampler)
-    generation = read_json(directory / "generation_config.json", required=False)
+    arena = KVArena(layout, num_pages, device.name, config.max_num_seqs)
+    runner = LocalRunner(model, arena, ops, sampler, loader.bank.routes)
+    generation = files.generation
     limits = EngineLimits(
         max_model_len=context,
         max_num_waiting=config.max_num_waiting,
         vocab_size=shape.vocab_size,
         eos_token_ids=_end_tokens(checkpoint.config, generation, tokenizer),
+        generates=architecture.causal,
     )
     engine = compose_engine(
         config,
         layout=layout,
         num_pages=num_pages,
-        max_num_batched_tokens=config.max_num_batched_tokens or device.step_tokens,
+        max_num_batched_tokens=chunk,
         limits=limits,
         runner=runner,
         clock=MonotonicClock(),
         text=tokenizer.stream,
         kv_policy=kv_policy,
+        causal=architecture.causal,
     )
     info = ModelInfo(
         name=config.model or EMBEDDED_NAME,
-        path=directory,
+        path=files.path,
         architecture=str(checkpoint.config["model_type"]),
-        num_parameters=loader.num_parameters,
-        weight_bytes=loader.num_bytes,
-        weight_format=loader.plan.body.name if loader.plan.body else dtype,
-        head_format=loader.plan.head.name if loader.plan.head else dtype,
-        head_bytes=loader.head_bytes,
+        **weight_facts(loader, dtype),
         dtype=dtype,
         device=device.name,
         max_model_len=context,
@@ -163,23 +170,70 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         kv_token_bytes=int(layout.token_bytes),
         num_pages=num_pages,
         block_size=config.block_size,
+        prefix_caching=prefix_caching,
     )
-    return LoadedEngine(engine, tokenizer, info, _sampling_defaults(generation))
+    pooling = files.read_pooling(architecture.causal)
+    return LoadedEngine(
+        engine, tokenizer, info, _sampling_defaults(generation), pooling, loader.bank
+    )
+
+
+def find_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer:
+    """The tokenizer that is asked for; the model's own if none is."""
+    if config.tokenizer is None:
+        return files.read_tokenizer()
+    return read_tokenizer(resolve_model(config.tokenizer, None, config.download_dir, weights=False))
+
+
+def weight_facts(loader: CheckpointLoader, dtype: str) -> dict[str, Any]:
+    """What a ``ModelInfo`` says of weights; kinds that stay as stored, the most common first."""
+    kept = ", ".join(kind for kind, _ in loader.kept.most_common())
+    body, head = loader.plan.body, loader.plan.head
+    return {
+        "num_parameters": loader.num_parameters,
+        "weight_bytes": loader.num_bytes,
+        "weight_format": body.name if body else kept or dtype,
+        "head_format": head.name if head else loader.head_kept or dtype,
+        "head_bytes": loader.head_bytes,
+    }
+
+
+def config_for(config: dict[str, Any], max_model_len: int | None) -> dict[str, Any]:
+    """``config.json`` with the context that it may have been cut to, which RoPE may depend on."""
+    return config if max_model_len is None else {**config, "max_model_len": max_model_len}
+
+
+def check_composition(config: EngineConfig, layout: CacheLayout) -> None:
+    """Refuse what does not go together. Raises ConfigurationError."""
+    if config.kv != FULL and (layout.window is not None or layout.states):
+        kind = "a sliding window" if layout.window is not None else "a recurrent state"
+        raise ConfigurationError(
+            f"kv: {config.kv!r} needs layers that keep all of their KV; this model has layers with "
+            f"{kind}"
+        )
 
 
 def size_arena(
-    config: EngineConfig, layout: CacheLayout, context: int, device: Device, mapped_bytes: int
+    config: EngineConfig,
+    layout: CacheLayout,
+    context: int,
+    chunk: int,
+    device: Device,
+    mapped_bytes: int,
 ) -> int:
     """Pages of the arena: what was asked for, else a share of the memory that is free.
 
     The share is cut to what the permitted sequences could fill. The system counts the memory of
     mapped files as available, and here it is not: ``mapped_bytes`` are taken off.
     """
+    if not layout.groups:
+        return 0
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes // layout.page_bytes
-    free = max(0, device.free_memory() - mapped_bytes)
+    taken = mapped_bytes + layout.state_bytes * config.max_num_seqs
+    free = max(0, device.free_memory() - taken)
     share = int(free * config.memory_utilization) // layout.page_bytes
-    longest = layout.pages_for(config.max_model_len or context) * len(layout.groups)
+    longest = layout.pages_to_hold(config.max_model_len or context, chunk)
     return min(share, longest * config.max_num_seqs)
 
 
@@ -240,13 +294,25 @@ def quantize_model(
     plan = WeightPlan.parse(config.weights, config.head_weights)
     if plan.body is None:
         raise ConfigurationError("weights: name a format to store the weights in")
-    source = SafetensorsCheckpoint(find_model(config))
+    path = find_model(config)
+    if is_gguf(path):
+        raise ConfigurationError(
+            f"model: {path} is a GGUF file; quantize the checkpoint that it was converted from, or "
+            "use --weights when it is loaded"
+        )
+    source = SafetensorsCheckpoint(path)
     architecture = find_architecture(source.config)
     ops = make_ops(resolve_device("cpu"), "bfloat16", threads=config.num_threads)
     quantization = make_quantizer(make_scale_search(ops.threads), quantizer)
     counted = _counted(progress, source.num_bytes)
     with packed_checkpoint(
-        source, output, plan, quantization, force=force, progress=counted
+        source,
+        architecture.load_map,
+        output,
+        plan,
+        quantization,
+        force=force,
+        progress=counted,
     ) as packer:
         architecture(source.config, packer, ops)
     return packer.summary()

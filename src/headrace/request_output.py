@@ -56,6 +56,8 @@ class OutputBuilder:
             self.output.prompt_logprobs = [
                 None if entry is None else self._logprobs(entry) for entry in update.prompt_logprobs
             ]
+        if update.embedding is not None:
+            self.output.embedding = update.embedding
         if update.request_finished:
             self.output.finished = True
             self.output.metrics = update.metrics

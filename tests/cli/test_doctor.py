@@ -7,13 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from headrace import LLM
-from headrace.cli.doctor import Machine, ModelEstimate, machine_advice, model_advice
+from headrace.cli.doctor import (
+    Machine,
+    ModelEstimate,
+    estimate,
+    machine_advice,
+    model_advice,
+)
+from headrace.config import EngineConfig
 from headrace.loading import embedded_model
 from headrace.ops import host
+from headrace.ops.device import resolve_device
 from headrace.plan.hardware import HardwareProfile, read_bandwidth
 from tests.cli.programs import invoke
+from tests.support.checkpoints import write_tokenizer
+from tests.support.gguf_files import RawTensor, convert, encoded
+from tests.support.gguf_models import CONFIGS, make_model
 
 GOOD = Machine(
     headrace="0",
@@ -36,6 +48,7 @@ FITTING = ModelEstimate(
     stored_dtype="bfloat16",
     dtype="bfloat16",
     isa="avx2",
+    kept=(),
     weight_bytes=20,
     kv_token_bytes=4,
     context=4096,
@@ -43,6 +56,36 @@ FITTING = ModelEstimate(
     max_model_len=4096,
     problem=None,
 )
+
+
+def test_what_stored_integers_are_kept_as(tmp_path: Path) -> None:
+    """Layers in one type, the head in another, and rows that no block divides in none."""
+
+    def encode(name: str, tensor: Tensor) -> RawTensor:
+        kind = "Q8_0" if name == "output.weight" else "Q4_0"
+        return encoded(name, tensor, kind if tensor.ndim > 1 and tensor.shape[1] == 64 else "F32")
+
+    make_model(CONFIGS["llama"]()).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path / "tokenizer")
+    path = convert(tmp_path, tmp_path / "model.gguf", encode)
+    kept = {}
+    for dtype in ("bfloat16", "float32"):
+        model = estimate(EngineConfig(str(path), dtype=dtype), resolve_device("cpu"))
+        kept[model.dtype] = {stored: kept for stored, kept, _ in model.kept}
+        assert sum(share for _, _, share in model.kept) == pytest.approx(1, abs=1e-3)
+        tokenizer = str(tmp_path / "tokenizer")
+        with LLM(str(path), dtype=dtype, tokenizer=tokenizer, kv_cache_memory_bytes=1 << 20) as llm:
+            info = llm.model_info
+            # What fills the last panel or the last columns is not counted.
+            assert model.weight_bytes == pytest.approx(info.weight_bytes, rel=0.06)
+        stored = model.weight_format == "as stored"
+        assert stored == (dtype == "bfloat16") == (info.weight_format != model.dtype)
+    assert kept["bfloat16"] == {
+        "Q4_0": "blocks of 4 bits in groups of 32",
+        "Q8_0": "blocks of 8 bits in groups of 32",
+        "F32": "bfloat16",
+    }
+    assert kept["float32"] == {"Q4_0": "float32", "Q8_0": "float32", "F32": "float32"}
 
 
 def test_json_agrees_with_the_loaded_model() -> None:

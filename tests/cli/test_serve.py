@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.cli.programs import invoke, start
+from tests.support.adapters import write_adapter
 
 
 def test_serve_and_bench_serve(tmp_path: Path) -> None:
@@ -52,3 +53,42 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     done = invoke("serve", str(tmp_path / "none"), "--port", "0")
     assert done.exit_code == 1
     assert str(tmp_path / "none") in done.stderr
+
+
+@pytest.mark.parametrize("text", ["sql", "=path", "sql="])
+def test_an_adapter_needs_a_name_and_a_path(text: str) -> None:
+    done = invoke("serve", "--adapter", text, "--port", "0")
+    assert done.exit_code == 2
+    assert "is no adapter; write NAME=PATH" in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_adapters_need_names_of_their_own() -> None:
+    done = invoke("serve", "--adapter", "a=one", "--adapter", "a=two", "--port", "0")
+    assert done.exit_code == 2
+    assert "two adapters are called 'a'" in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_an_adapter_that_cannot_be_read(tmp_path: Path) -> None:
+    """It is found before the model is loaded, which is not there either."""
+    adapter = f"sql={tmp_path / 'nowhere'}"
+    done = invoke("serve", str(tmp_path / "none"), "--adapter", adapter, "--port", "0")
+    assert done.exit_code == 1
+    assert str(tmp_path / "nowhere") in done.stderr
+
+
+def test_adapters_are_served(tmp_path: Path, embedded_dir: Path) -> None:
+    adapter = write_adapter(embedded_dir, tmp_path / "a=b", 1)
+    options = ("--port", "0", "--adapter", f"sql={adapter}", "--allow-adapter-updates")
+    with start("serve", *options, cwd=tmp_path) as server:
+        try:
+            assert server.stderr is not None
+            url = server.stderr.readline().split()[-1]
+            models = httpx.get(f"{url}/models").json()["data"]
+            assert [model["id"] for model in models] == ["headrace-embedded", "sql"]
+            body = {"model": "sql", "prompt": "import os", "max_tokens": 4, "ignore_eos": True}
+            answer = httpx.post(f"{url}/completions", json=body, timeout=60).json()
+            assert answer["usage"]["completion_tokens"] == 4
+            done = httpx.post(f"{url}/unload_lora_adapter", json={"lora_name": "sql"})
+            assert done.status_code == 200
+        finally:
+            server.kill()

@@ -72,6 +72,7 @@ class FakeLLM:
     draining: bool = False
     is_running: bool = True
     config: EngineConfig = field(default_factory=lambda: EngineConfig(max_num_waiting=32))
+    adapters: Any = field(default_factory=lambda: SimpleNamespace(directories={}))
     model_info: Any = field(
         default_factory=lambda: SimpleNamespace(name="fake", max_model_len=4096)
     )
@@ -99,6 +100,7 @@ class FakeLLM:
         request_id: str,
         *,
         priority: int = 0,
+        adapter: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         text = self.tokenizer.decode(prompt)
         self.seen.append((request_id, params, priority))

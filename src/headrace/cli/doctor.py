@@ -54,6 +54,8 @@ class ModelEstimate:
         stored_dtype, dtype: of the files, and that would be computed in.
         isa: instruction set of the native kernels that would compute, or "torch".
         weight_format, head_format: of the linear weights in the layers, and of the output head.
+        kept: what linear weights are stored as, what they are kept as, and the share of these
+            parameters; where they have formats of their own, it is empty.
         weight_bytes: of all parameters in memory.
         kv_token_bytes: KV cache of one token.
         cached_tokens: tokens that fit into the memory left for the KV cache.
@@ -69,6 +71,7 @@ class ModelEstimate:
     stored_dtype: str
     dtype: str
     isa: str
+    kept: tuple[tuple[str, str, float], ...]
     weight_bytes: int
     kv_token_bytes: int
     context: int
@@ -120,24 +123,25 @@ def estimate(config: EngineConfig, device: Device) -> ModelEstimate:
     Raises:
         HeadraceError: the model cannot be found or is not supported.
     """
+    from headrace.contracts.cache import layout_of
     from headrace.engine.compose import fit_context
     from headrace.loading import EMBEDDED_NAME, find_model
+    from headrace.model_files import open_model
     from headrace.models.base import find_architecture
     from headrace.ops.device import DTYPES
     from headrace.ops.table import make_ops
     from headrace.weights.counting import WeightCounter
     from headrace.weights.formats import WeightPlan
     from headrace.weights.loader import plan_weights
-    from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
+    from headrace.weights.reader import WeightReader
 
-    checkpoint = SafetensorsCheckpoint(find_model(config))
+    checkpoint = open_model(find_model(config)).checkpoint
     architecture = find_architecture(checkpoint.config)
     context = architecture.shape(checkpoint.config).context
     dtype = device.choose_dtype("float32" if config.reference else config.dtype, checkpoint.dtype)
     cache_dtype = config.cache_dtype(dtype)
-    layout = architecture.cache_layout(checkpoint.config, cache_dtype, config.block_size)
+    layout = layout_of(architecture.layer_states(checkpoint.config, cache_dtype), config.block_size)
     plan = plan_weights(checkpoint, WeightPlan.parse(config.weights, config.head_weights))
-    counter = WeightCounter(checkpoint, plan, DTYPES[dtype])
     ops = make_ops(
         device,
         dtype,
@@ -145,16 +149,20 @@ def estimate(config: EngineConfig, device: Device) -> ModelEstimate:
         threads=config.num_threads,
         isa=config.isa,
     )
+    reader = WeightReader(checkpoint, architecture.load_map)
+    counter = WeightCounter(reader, plan, ops.linears, DTYPES[dtype])
     architecture(checkpoint.config, counter, ops)
     weight_bytes = counter.num_bytes
+    unchanged = "as stored" if any(kept != dtype for _, kept in counter.kept) else dtype
     free = device.free_memory()
     room = config.kv_cache_memory_bytes
     if room is None:
         room = int(max(0, free - weight_bytes) * config.memory_utilization)
-    num_pages = room // layout.page_bytes
+    num_pages = room // layout.page_bytes if layout.groups else 0
+    chunk = config.max_num_batched_tokens or device.step_tokens
     max_model_len, problem = 0, None
     try:
-        max_model_len = fit_context(config, layout, num_pages, context)
+        max_model_len = fit_context(config, layout, num_pages, context, chunk)
     except ConfigurationError as error:
         problem = str(error)
     if weight_bytes > free:
@@ -166,15 +174,19 @@ def estimate(config: EngineConfig, device: Device) -> ModelEstimate:
         name=config.model or EMBEDDED_NAME,
         architecture=str(checkpoint.config["model_type"]),
         num_parameters=counter.num_parameters,
-        weight_format=plan.body.name if plan.body else dtype,
-        head_format=plan.head.name if plan.head else dtype,
+        weight_format=plan.body.name if plan.body else unchanged,
+        head_format=plan.head.name if plan.head else unchanged,
         stored_dtype=checkpoint.dtype,
         dtype=dtype,
         isa=ops.isa,
+        kept=tuple(
+            (stored, kept, round(count / counter.kept.total(), 4))
+            for (stored, kept), count in counter.kept.most_common()
+        ),
         weight_bytes=weight_bytes,
         kv_token_bytes=int(layout.token_bytes),
         context=context,
-        cached_tokens=num_pages // len(layout.groups) * layout.block_size,
+        cached_tokens=num_pages // max(1, len(layout.groups)) * layout.block_size,
         max_model_len=max_model_len,
         problem=problem,
     )
@@ -202,6 +214,7 @@ def _model_rows(model: ModelEstimate) -> list[tuple[str, Any]]:
         ("parameters", show(model.num_parameters)),
         ("stored as, computed in", f"{model.stored_dtype}, {model.dtype} on {model.isa}"),
         ("weights, output head", f"{model.weight_format}, {model.head_format}"),
+        *((f"stored as {stored}", f"{share:.1%}: {kept}") for stored, kept, share in model.kept),
         ("bytes of weights", show_bytes(model.weight_bytes)),
         ("KV cache per token", show_bytes(model.kv_token_bytes)),
         ("tokens that fit the KV cache", show(model.cached_tokens)),

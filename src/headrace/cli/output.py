@@ -71,6 +71,8 @@ def load(face: Callable[..., Face], engine: Mapping[str, Any]) -> Face:
             f"weights {info.weight_format}, {show_bytes(info.weight_bytes)} in all; output head "
             f"{info.head_format}, {show_bytes(info.head_bytes)}"
         )
+        if not info.prefix_caching and engine.get("enable_prefix_caching") is None:
+            note("prefix caching is off: this model does not allow it")
     return cast(Face, loaded)
 
 

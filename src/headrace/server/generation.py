@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
+from typing import Any, TypeVar
 
 from headrace.contracts.outputs import RequestOutput
+
+T = TypeVar("T")
 
 Changes = dict[int, RequestOutput]
 """Prompt number -> its live output, for those that changed since the last time."""
@@ -59,6 +62,17 @@ async def merge(
                 taken = changed.copy()
                 changed.clear()
                 yield taken
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def gather(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all jobs in order; the first that fails ends the others."""
+    tasks = [asyncio.create_task(job) for job in jobs]
+    try:
+        return list(await asyncio.gather(*tasks))
     finally:
         for task in tasks:
             task.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
@@ -277,3 +278,16 @@ def _ranked(alternatives: Alternatives) -> list[tuple[int, Logprob]]:
 
 def _finite(logprob: float) -> float:
     return max(logprob, _LOWEST_LOGPROB)
+
+
+def render_vectors(outputs: Sequence[RequestOutput], encoding: str) -> list[list[float] | str]:
+    """Embeddings as lists of numbers, or as base64 of little-endian fp32."""
+    vectors: list[list[float] | str] = []
+    for output in outputs:
+        assert output.embedding is not None
+        raw = output.embedding.astype("<f4")
+        if encoding == "base64":
+            vectors.append(base64.b64encode(raw.tobytes()).decode())
+        else:
+            vectors.append(raw.tolist())
+    return vectors

@@ -257,6 +257,17 @@ class ChatRequest(GenerationRequest, Conversation):
         return names.get(engine_field, engine_field)
 
 
+class EmbeddingRequest(RequestBody):
+    """The body of ``/v1/embeddings``. The second group has no effect here."""
+
+    input: Prompts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    priority: int = 0
+
+    user: str | None = None
+
+
 class TokenizeRequest(RequestBody, Conversation):
     """The body of ``/tokenize``: a prompt or messages."""
 
@@ -267,6 +278,19 @@ class TokenizeRequest(RequestBody, Conversation):
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequestError("prompt", "give either prompt or messages")
+
+
+class LoadAdapterRequest(RequestBody):
+    """The body of ``/v1/load_lora_adapter``."""
+
+    lora_name: str
+    lora_path: str
+
+
+class UnloadAdapterRequest(RequestBody):
+    """The body of ``/v1/unload_lora_adapter``."""
+
+    lora_name: str
 
 
 class DetokenizeRequest(RequestBody):

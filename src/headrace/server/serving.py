@@ -70,6 +70,7 @@ def serve(
     model_names: Sequence[str] | None = None,
     drain_seconds: float = 30.0,
     listener: socket.socket | None = None,
+    allow_adapter_updates: bool = False,
 ) -> None:
     """Serve ``llm`` until SIGINT or SIGTERM, then close it and return.
 
@@ -77,12 +78,18 @@ def serve(
         model_names: names of the model in the API; its own by default.
         drain_seconds: what still runs this long after the signal ends with an error.
         listener: what ``bind`` returned for this host and port; bound now by default.
+        allow_adapter_updates: whether clients may load and unload adapters.
 
     Raises:
         ConfigurationError: the address is in use or cannot be had, or the API key is empty.
     """
     with contextlib.closing(llm), listener or bind(host, port) as listening:
-        app = create_app(llm, api_key=api_key, model_names=model_names or [llm.model_info.name])
+        app = create_app(
+            llm,
+            api_key=api_key,
+            model_names=model_names or [llm.model_info.name],
+            allow_adapter_updates=allow_adapter_updates,
+        )
         host, port = listening.getsockname()[:2]
         try:
             listening.listen(_BACKLOG)
