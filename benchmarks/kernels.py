@@ -13,17 +13,23 @@ from typing import Any
 import torch
 from harness import Result, in_fresh_process, progress
 
+from headrace.ops.block_weight import BlockWeight, pack_blocks
 from headrace.ops.extension import EMULATED, open_context, supported_isas
 from headrace.ops.host import usable_cores
-from headrace.ops.linear import Linear
+from headrace.ops.linear import Linear, LinearOps
 from headrace.ops.packed_weight import FORMATS, PackedWeight, WeightFormat, part_shapes
 from headrace.ops.table import native_ops
+from headrace.weights.gguf.block_types import BLOCK_TYPES, BlockType
 
 ROWS, COLUMNS = 8192, 2048
 TOKENS = (1, 16, 512)
 BUFFER = 4 << 30
 STREAM = 512 << 20
 """Bytes of different weights that a measurement goes through, so that no cache holds them."""
+
+
+TYPES = {type.name: type for type in BLOCK_TYPES if type.layout is not None}
+"""GGUF's quantized types by name."""
 
 
 def random_weight(format: WeightFormat) -> PackedWeight:
@@ -52,16 +58,36 @@ def measure_isa(isa: str, formats: list[str], buffer: int, stream: int, repeats:
         operations = context.peak(kind, steps)
         limits[kind] = operations / (time.perf_counter() - start)
     found = {}
-    for format in map(WeightFormat.parse, formats):
-        one = random_weight(format)
-        count = max(1, stream // one.num_bytes)
-        copies = [PackedWeight(format, ROWS, COLUMNS, False, **_copy(one)) for _ in range(count)]
-        linears = [native_ops(context).linears.packed(copy) for copy in copies]
+    ops = native_ops(context).linears
+    for format in formats:
+        linears = make_copies(format, ops, stream)
         for tokens in TOKENS:
             used = linears if tokens < 100 else linears[:2]
             seconds = median(_multiply(used, tokens) for _ in range(repeats))
-            found[f"{format.name} {tokens}"] = (seconds, one.num_bytes)
+            found[f"{format} {tokens}"] = (seconds, linears[0].num_bytes)
     return limits, found
+
+
+def make_copies(name: str, ops: LinearOps, stream: int) -> list[Linear]:
+    """As many equal weights as take ``stream`` bytes, of a format of ours or a type of GGUF."""
+    type = TYPES.get(name)
+    if type is not None:
+        blocks = random_blocks(type)
+        count = max(1, stream // blocks.num_bytes)
+        return [ops.blocks(blocks.map(torch.clone)) for _ in range(count)]
+    format = WeightFormat.parse(name)
+    one = random_weight(format)
+    count = max(1, stream // one.num_bytes)
+    return [
+        ops.packed(PackedWeight(format, ROWS, COLUMNS, False, **_copy(one))) for _ in range(count)
+    ]
+
+
+def random_blocks(type: BlockType) -> BlockWeight:
+    """A weight of the benchmark's shape out of random blocks."""
+    assert type.layout is not None
+    rows = torch.randint(0, 256, (ROWS, type.row_bytes(COLUMNS)), dtype=torch.uint8)
+    return pack_blocks(type.parts(rows.numpy()), type.layout)
 
 
 def _copy(weight: PackedWeight) -> dict[str, torch.Tensor]:
@@ -85,7 +111,11 @@ def _multiply(linears: list[Linear], tokens: int) -> float:
 
 def measure(rounds: int, quick: bool) -> Result:
     """Every instruction set of this processor, every format."""
-    formats = [format.name for format in FORMATS if not format.zero_points]
+    return measure_formats([f.name for f in FORMATS if not f.zero_points], rounds, quick)
+
+
+def measure_formats(formats: list[str], rounds: int, quick: bool) -> Result:
+    """Every instruction set of this processor, some formats and types."""
     if quick:
         formats = formats[:1]
     sizes = (64 << 20, 16 << 20, 1) if quick else (BUFFER, STREAM, rounds)

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "engine_overhead": "The engine's own time",
     "prefix_caching": "Prefix caching",
     "kernels": "Native products",
+    "block_kernels": "Native products with stored integers",
     "thread_pools": "One thread pool or two",
     "weight_formats": "Weight formats",
     "startup": "Start",

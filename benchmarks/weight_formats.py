@@ -15,16 +15,18 @@ from torch import Tensor
 
 from headrace.config import EngineConfig
 from headrace.loading import embedded_model, quantize_model
+from headrace.model_files import open_model
 from headrace.models.base import DecoderModel, find_architecture
 from headrace.models.layers.rotary import RotaryEmbedding
 from headrace.ops.device import Device
 from headrace.ops.packed_weight import FORMATS, WeightFormat
+from headrace.ops.paged import AttentionSpec
+from headrace.ops.recurrent import RowSpans
 from headrace.ops.reference import rotate
 from headrace.ops.table import make_ops
 from headrace.text.tokenizer import Tokenizer
 from headrace.weights.formats import AUTO, WeightPlan
 from headrace.weights.loader import make_loader
-from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
 
 MODULES = (
     *("bisect", "calendar", "csv", "fnmatch", "fractions", "graphlib", "heapq", "plistlib"),
@@ -41,7 +43,13 @@ HEADS = (("w4a8-g32", "bf16"), ("w4a8-g32", "w4a8-g32"), ("w4a8-g32", "w4a8-g32-
 
 
 class WholeText:
-    """An ``AttentionContext`` without a cache: a text attends to itself."""
+    """An ``AttentionContext`` without a cache: a text of ``length`` tokens attends to itself, in
+    fp32.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.rows = RowSpans([length], [0])
+        self._positions = torch.arange(length)
 
     def attend(
         self,
@@ -50,18 +58,25 @@ class WholeText:
         k: Tensor,
         v: Tensor,
         rotary: RotaryEmbedding,
-        scale: float,
-        window: int | None = None,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See ``AttentionContext``."""
-        cos, sin = rotary.cos_sin(torch.arange(len(q)), q.dtype)
-        query, key, value = (
-            x.transpose(0, 1) for x in (rotate(q, cos, sin), rotate(k, cos, sin), v)
-        )
+        cos, sin = self.angles(rotary)
+        turned = rotate(q.float(), cos, sin), rotate(k.float(), cos, sin), v.float()
+        query, key, value = (x.transpose(0, 1) for x in turned)
         out = F.scaled_dot_product_attention(
-            query[None], key[None], value[None], is_causal=True, scale=scale, enable_gqa=True
+            query[None], key[None], value[None], is_causal=True, scale=spec.scale, enable_gqa=True
         )
-        return out[0].transpose(0, 1).flatten(1)
+        return out[0].transpose(0, 1).flatten(1).to(q.dtype)
+
+    def angles(self, rotary: RotaryEmbedding) -> tuple[Tensor, Tensor]:
+        """See ``AttentionContext``."""
+        return rotary.cos_sin(self._positions, torch.float32)
+
+    def states(self, layer: int) -> dict[str, Tensor]:
+        """See ``AttentionContext``; the embedded model has none."""
+        return {}
 
 
 def read_windows(tokenizer: Tokenizer, count: int) -> list[Tensor]:
@@ -74,19 +89,21 @@ def read_windows(tokenizer: Tokenizer, count: int) -> list[Tensor]:
     return list(torch.tensor(ids[:count]).split(WINDOW))
 
 
-def load(directory: Path) -> DecoderModel:
-    """A model in fp32, so that nothing but the formats' own rounding shows."""
-    checkpoint = SafetensorsCheckpoint(directory)
-    ops = make_ops(Device("cpu", WINDOW, frozenset()), "float32")
-    loader = make_loader(checkpoint, ops, WeightPlan())
-    return find_architecture(checkpoint.config)(checkpoint.config, loader, ops)
+def load(path: Path, dtype: str = "float32") -> DecoderModel:
+    """A model, by default in fp32, so that nothing but the formats' own rounding shows."""
+    checkpoint = open_model(path).checkpoint
+    ops = make_ops(Device("cpu", WINDOW, frozenset()), dtype)
+    architecture = find_architecture(checkpoint.config)
+    loader = make_loader(checkpoint, architecture.load_map, ops, WeightPlan())
+    return architecture(checkpoint.config, loader, ops)
 
 
 def log_probabilities(model: DecoderModel, window: Tensor) -> Tensor:
     """``[T, vocab]``, of the token after each."""
-    hidden = model.embed(window)
+    hidden = model.embed(window, torch.arange(len(window)))
+    context = WholeText(len(window))
     for layer in model.layers:
-        hidden = layer.feed(layer.mix(hidden, WholeText()))
+        hidden = layer.feed(layer.mix(hidden, context))
     return torch.log_softmax(model.head(hidden), -1)
 
 

@@ -3,7 +3,8 @@
     python benchmarks/peers/quality.py
 
 The embedded model reads the same tokens in every format, inside the program that has the format;
-a program's own bfloat16 is its reference. This writes llama.cpp's figures as JSON.
+a program's own bfloat16 is its reference. This writes llama.cpp's figures as JSON, and then how far
+Headrace's logits are from llama.cpp's for the same files: with its kernels, and in fp32.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import sysconfig
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ import numpy as np
 WINDOW = 512
 """Tokens that are read at once; contexts begin anew in each window."""
 WINDOWS = 32
+KEPT = 8
+"""Windows whose logits are compared between programs."""
 HELD_OUT = ("calendar", "csv", "fractions", "heapq", "plistlib", "shlex", "statistics", "textwrap")
 """Modules of the standard library that its model card names as held out."""
 FORMATS = ("q8_0", "q4_k_m", "q4_0")
@@ -108,15 +112,34 @@ def main() -> None:
     folder = Path(paths["bf16"]).parent
     tokens, target = folder / "windows.json", folder / "quality.json"
     tokens.write_text(json.dumps(held_out_windows()))
-    job = json.dumps({"windows": str(tokens), "models": paths, "target": str(target)})
-    subprocess.run(
-        [ensure_environment("llama_cpp"), "-m", "peers.run_quality", job],
-        check=True,
-        cwd=drivers(),
-        env=variables_of("llama_cpp"),
-    )
-    print(target.read_text())
-    print(target, file=sys.stderr)
+    with TemporaryDirectory() as logits:
+        job: dict[str, Any] = {"windows": str(tokens), "models": paths, "target": str(target)}
+        job |= {"logits": logits, "kept": KEPT}
+        subprocess.run(
+            [ensure_environment("llama_cpp"), "-m", "peers.run_quality", json.dumps(job)],
+            check=True,
+            cwd=drivers(),
+            env=variables_of("llama_cpp"),
+        )
+        print(target.read_text())
+        print(target, file=sys.stderr)
+        for kind in FORMATS:
+            theirs = np.load(Path(logits) / f"{kind}.npy")
+            for dtype in ("bfloat16", "float32"):
+                ours = read_logits(Path(paths[kind]), dtype)
+                kl = np.mean([kl_divergence(*pair) for pair in zip(theirs, ours, strict=True)])
+                print(f"{kind}: KL of Headrace in {dtype} from llama.cpp {kl:.6f}")
+
+
+def read_logits(path: Path, dtype: str) -> list[Array]:
+    """Headrace's logits at every token of the first windows."""
+    import torch
+    from weight_formats import load, log_probabilities
+
+    with torch.inference_mode():
+        model = load(path, dtype)
+        windows = [torch.tensor(window) for window in held_out_windows()[:KEPT]]
+        return [log_probabilities(model, window).float().numpy() for window in windows]
 
 
 def as_json(figures: dict[str, Quality]) -> str:

@@ -1,4 +1,4 @@
-"""Logits of llama.cpp's formats on the same tokens, compared with its bfloat16."""
+"""Logits of llama.cpp's formats on the same tokens, compared with its bfloat16; some are kept."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ def main() -> None:
     load_backend(BACKEND)
     models = dict(job["models"])
     reference = read_windows(models.pop("bf16"), windows)
-    figures = {
-        name: compare(reference, read_windows(path, windows), windows)
-        for name, path in models.items()
-    }
+    figures = {}
+    for name, path in models.items():
+        logits = read_windows(path, windows)
+        figures[name] = compare(reference, logits, windows)
+        np.save(Path(job["logits"]) / f"{name}.npy", np.stack(logits[: job["kept"]]))
     Path(job["target"]).write_text(as_json(figures))
 
 
