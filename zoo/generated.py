@@ -132,7 +132,8 @@ def pack_whole(make: Callable[[], Row], length: int, count: int, pad: int) -> It
 
 
 DENSE_LENGTH = 128
-"""Up to this length, all rows are statements only; of longer ones, that share of them is."""
+"""Tokens of a row up to which all rows are repetitions; of longer ones, a share that falls as their
+length grows."""
 
 
 class RecallRows:

@@ -40,7 +40,7 @@ context {context:,} tokens, the tokenizer of the embedded model.
 
 Trained from {origin} on {tokens:,} tokens in {minutes:.0f} minutes on {hardware};
 mean training loss of the last 50 steps {loss:.3f} nats a token. The command is
-`python -m zoo.{name}`; `docs/zoo.md` has its scores.
+`python -m zoo.{name}`; `python -m zoo.page` writes its scores to `docs/zoo.md`.
 
 ![learning curve](learning-curve.svg)
 """
@@ -125,11 +125,20 @@ def export(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, output: Path)
         groups=config.num_key_value_heads,
         head_dim=config.head_dim,
         context=config.max_position_embeddings,
-        origin="nothing" if recipe.start is None else f"the weights of {recipe.start}",
+        origin=describe_origin(recipe),
         **facts,
     )
     (output / "README.md").write_text(card, encoding="utf-8")
     print(json.dumps(facts))
+
+
+def describe_origin(recipe: Recipe) -> str:
+    """What training began with."""
+    if recipe.start is not None:
+        return f"the weights of {recipe.start}"
+    if recipe.training.induction:
+        return "random weights and heads that look back (`zoo/induction.py`)"
+    return "random weights"
 
 
 def training_facts(trainer: Trainer) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -63,15 +61,6 @@ def random_parts(name: str, rows: int, columns: int, wide: bool = False) -> Bloc
         steps(0) if lows else None,
         torch.randint(0, 16, (rows, groups), dtype=torch.uint8) if name in ZEROS else None,
     )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """The kernels have a pool of their own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=ISAS, scope="module")

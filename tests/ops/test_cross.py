@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,15 +17,6 @@ from headrace.ops.table import VERSIONS, make_ops
 from tests.ops.attention_cases import CASES as ATTENTION_CASES
 from tests.ops.attention_cases import GROUPED_CASES, AttentionCase
 from tests.ops.function_cases import FUNCTION_CASES, TOLERANCES, normal
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are small here: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_every_operation_has_cases() -> None:

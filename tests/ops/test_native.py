@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -34,15 +33,6 @@ MODULE = extension.extension()
 assert MODULE is not None, "the tests need the native kernels: build the package with a compiler"
 ISAS = MODULE.supported_isas()
 CPU = Device("cpu", 512, frozenset({"float32", "bfloat16"}))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_torch_thread() -> Iterator[None]:
-    """The kernels have a pool of their own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=ISAS, scope="module")

@@ -11,24 +11,13 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-VOCAB, CONTEXT, WINDOW = 300, 256, 20
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 112,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "rms_norm_eps": 1e-5,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+from tests.support.architectures import CONTEXT, EXPERTS, LATENT, ROPE, VOCAB, WINDOW, YARN
+from tests.support.architectures import SIZES as ARCHITECTURE_SIZES
+
+SIZES = {**ARCHITECTURE_SIZES, "rms_norm_eps": 1e-5}
 FEW_SIZES = {
     name: SIZES[name] for name in SIZES if name not in ("rms_norm_eps", "num_key_value_heads")
 }
-ROPE = {"rope_type": "default", "rope_theta": 500.0}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -36,31 +25,6 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "beta_fast": 8.0,
-    "beta_slow": 1.0,
-}
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-LATENT = {
-    "q_lora_rank": 24,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "first_k_dense_replace": 1,
-    "n_group": 4,
-    "topk_group": 2,
-    "routed_scaling_factor": 1.5,
-    "num_key_value_heads": 4,
 }
 
 

@@ -207,10 +207,11 @@ def write_safetensors(
 @pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "act-order"])
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 @pytest.mark.parametrize("group", [32, 128, 512])
-def test_gptq(group: int, symmetric: bool, shuffled: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq(bits: int, group: int, symmetric: bool, shuffled: bool, tmp_path: Path) -> None:
     """A group of 512 is the whole row, which no group of the native layout covers alone."""
-    weight = Weight(32, 512, group, 4, symmetric, shuffled, lowest_zero=1, size=0.01)
-    section = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": shuffled}
+    weight = Weight(32, 512, group, bits, symmetric, shuffled, lowest_zero=1, size=0.01)
+    section = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": shuffled}
     checkpoint = write_safetensors(tmp_path, section, pack_gptq(weight, less=1))
     source = loader(checkpoint)
     linear = source.linear(["model.layers.0.mlp.up_proj"], [32], 512)

@@ -94,8 +94,8 @@ class SelfAttention:
     ) -> None:
         self._index, self._spec, self._rotary, self._ops = index, spec, rotary, ops
         self._head_norms, self._sinks = head_norms, sinks
-        gates = shape.heads if shape.gated else 0
-        self._parts, self._width = [shape.heads, gates, shape.kv_heads, shape.kv_heads], shape.width
+        gates = [shape.heads] if shape.gated else []
+        self._parts, self._width = [shape.heads, *gates, *[shape.kv_heads] * 2], shape.width
         self._qkv = weights.linear(
             [prefix + name for name in shape.projections],
             shape.rows(),
@@ -120,12 +120,12 @@ class SelfAttention:
     ) -> Tensor:
         """See ``Mixer``."""
         qkv = self._qkv(x, norm=norm).view(len(x), -1, self._width)
-        q, gate, k, v = qkv.split(self._parts, dim=1)
+        q, *gates, k, v = qkv.split(self._parts, dim=1)
         if self._head_norms is not None:
             for_q, for_k = self._head_norms
             q = self._ops.rms_norm(q, for_q.weight, for_q.eps)
             k = self._ops.rms_norm(k, for_k.weight, for_k.eps)
         out = context.attend(self._index, q, k, v, self._rotary, self._spec, self._sinks)
-        if gate.shape[1]:
+        for gate in gates:
             out = out * torch.sigmoid(gate.flatten(1))
         return self._output(out, residual=residual)

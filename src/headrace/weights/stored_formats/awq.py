@@ -28,13 +28,8 @@ class AwqWeight(IntegerWeight):
 
     def __init__(self, files: TensorFiles, module: str, group: int | None) -> None:
         parts = [module + kind for kind in (_VALUES, ".qzeros", ".scales")]
-        super().__init__(files, f"{module}.weight", parts, parts[-1], _BITS, group)
+        super().__init__(files, f"{module}.weight", parts, parts[-1], _BITS, group, False)
         self._module = module
-
-    @property
-    def symmetric(self) -> bool:
-        """See ``IntegerWeight``."""
-        return False
 
     @property
     def shape(self) -> tuple[int, int]:

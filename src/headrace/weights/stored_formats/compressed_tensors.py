@@ -87,6 +87,11 @@ class Scheme:
             order in ("group", "dynamic"),
         )
 
+    @property
+    def integers(self) -> tuple[int, int | None, bool]:
+        """Bits, group and symmetry, as ``IntegerWeight`` takes them."""
+        return self.bits, self.block[1], self.symmetric
+
 
 def _implied_strategy(weights: Mapping[str, Any]) -> str:
     group = weights.get("group_size")
@@ -115,14 +120,8 @@ class PackQuantizedWeight(IntegerWeight):
         kinds = ("packed", "shape", "scale", "zero_point", "g_idx")
         others = [f"{module}.{kind}" for kind in _FOR_ACTIVATIONS]
         parts = [*(f"{name}_{kind}" for kind in kinds), *others]
-        group = scheme.block[1]
-        super().__init__(files, name, parts, f"{name}_scale", scheme.bits, group)
+        super().__init__(files, name, parts, f"{name}_scale", *scheme.integers)
         self._scheme = scheme
-
-    @property
-    def symmetric(self) -> bool:
-        """See ``IntegerWeight``."""
-        return self._scheme.symmetric
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -167,13 +166,8 @@ class IntQuantizedWeight(IntegerWeight):
         name = f"{module}.weight"
         others = [f"{module}.{kind}" for kind in _FOR_ACTIVATIONS]
         parts = [name, f"{name}_scale", f"{name}_zero_point", *others]
-        super().__init__(files, name, parts, f"{name}_scale", scheme.bits, scheme.block[1])
+        super().__init__(files, name, parts, f"{name}_scale", *scheme.integers)
         self._scheme = scheme
-
-    @property
-    def symmetric(self) -> bool:
-        """See ``IntegerWeight``."""
-        return self._scheme.symmetric
 
     @property
     def shape(self) -> tuple[int, int]:

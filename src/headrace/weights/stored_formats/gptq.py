@@ -83,14 +83,9 @@ class GptqWeight(IntegerWeight):
 
     def __init__(self, files: TensorFiles, module: str, variant: GptqVariant) -> None:
         parts = [module + kind for kind in (_VALUES, ".qzeros", ".scales", ".g_idx")]
-        bits, group = variant.bits, variant.group
-        super().__init__(files, f"{module}.weight", parts, f"{module}.scales", bits, group)
+        values = variant.bits, variant.group, variant.symmetric
+        super().__init__(files, f"{module}.weight", parts, f"{module}.scales", *values)
         self._module, self._variant = module, variant
-
-    @property
-    def symmetric(self) -> bool:
-        """See ``IntegerWeight``."""
-        return self._variant.symmetric
 
     @property
     def shape(self) -> tuple[int, int]:

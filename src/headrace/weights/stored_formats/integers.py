@@ -28,6 +28,7 @@ class IntegerWeight(StoredWeight):
         scales: the tensor that has them.
         bits: of a value.
         group: columns that share a scale; ``None``: all of a row.
+        symmetric: whether there are certainly no zeros but that in the middle.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class IntegerWeight(StoredWeight):
         scales: str,
         bits: int,
         group: int | None,
+        symmetric: bool,
     ) -> None:
         super().__init__(files, name, parts)
         self._scales, self._bits, self._group = scales, bits, group
+        self._symmetric = symmetric
 
     @property
     @abstractmethod
@@ -71,13 +74,8 @@ class IntegerWeight(StoredWeight):
             parts = self._parts(layout, dtype)
             return lambda ids: parts.map(lambda x: x[ids])
 
-        bits = self._bits + 16 / group + (0 if self.symmetric else 8 / size)
+        bits = self._bits + 16 / group + (0 if self._symmetric else 8 / size)
         return StoredBlocks(layout, bits, rows, columns, open_rows, order=self.order())
-
-    @property
-    @abstractmethod
-    def symmetric(self) -> bool:
-        """Whether there are certainly no zeros but that in the middle."""
 
     def _parts(self, layout: BlockLayout, dtype: torch.dtype) -> BlockParts:
         """All of it, its columns group by group."""
