@@ -32,12 +32,17 @@ def make_task(name: str) -> Task:
     return task
 
 
+LONG = 2048
+"""Tokens of a context above which there are half as many problems."""
+
+
 def _plans(count: int, lengths: tuple[str, ...], hard: bool) -> tuple[TaskPlan, ...]:
     plans = []
     for name in ("needle", "multi-key", "multi-value", "variable-tracking"):
         task = make_task(name)
-        plans += [TaskPlan(task, length, count) for length in lengths]
-        plans += [TaskPlan(task, length, count, agnostic=True) for length in lengths[-1:]]
+        counts = [count if int(length) <= LONG else count // 2 for length in lengths]
+        plans += [TaskPlan(task, *each) for each in zip(lengths, counts, strict=True)]
+        plans.append(TaskPlan(task, lengths[-1], counts[-1], agnostic=True))
     for name in ("arithmetic", "countdown", "rearrangement"):
         task = make_task(name)
         levels = task.levels if hard else task.levels[:2]
