@@ -22,25 +22,29 @@ OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
 class Countdown(Task):
     """The level is how many numbers are given; the solution in the problem uses all of them.
 
-    Any other expression that reaches the target is as good.
+    Any other expression that reaches the target is as good. Of sums, the target can be reached
+    without products, and the question says so.
     """
 
     name = "countdown"
-    levels = ("3", "4", "5")
+    levels = ("3", "4", "5", "3 sums", "4 sums", "5 sums")
 
     def max_tokens(self, level: str) -> int:
-        return 24 * int(level) + 32
+        return 24 * int(level.split()[0]) + 32
 
     def make(self, source: random.Random, level: str) -> Problem:
+        count, _, kind = level.partition(" ")
+        signs = "+-" if kind else "+-*"
         while True:
-            numbers = [source.randint(1, LARGEST_NUMBER) for _ in range(int(level))]
-            found = _combine(source, numbers)
+            numbers = [source.randint(1, LARGEST_NUMBER) for _ in range(int(count))]
+            found = _combine(source, numbers, signs)
             if found is not None:
                 break
         target, expression, steps = found
-        shown = ", ".join(map(str, numbers))
-        question = f"Make {target} from {shown}."
-        return Problem("", question, "\n".join([*steps, f"Answer: {expression}"]), question)
+        wanted = f"Make {target} from {', '.join(map(str, numbers))}"
+        question = f"{wanted} with + and -." if kind else f"{wanted}."
+        solution = "\n".join([*steps, f"Answer: {expression}"])
+        return Problem("", question, solution, f"{wanted}.")
 
     def score(self, problem: Problem, completion: str) -> float:
         target, _, numbers = problem.answer.removeprefix("Make ").rstrip(".").partition(" from ")
@@ -49,7 +53,9 @@ class Countdown(Task):
         return float(value == int(target) and not Counter(used) - given)
 
 
-def _combine(source: random.Random, numbers: list[int]) -> tuple[int, str, list[str]] | None:
+def _combine(
+    source: random.Random, numbers: list[int], signs: str
+) -> tuple[int, str, list[str]] | None:
     """Join two of the numbers until one is left: the target, its expression and the steps.
 
     ``None`` if a result left the range on the way.
@@ -62,7 +68,7 @@ def _combine(source: random.Random, numbers: list[int]) -> tuple[int, str, list[
         )
         if left < right:
             left, left_text, right, right_text = right, right_text, left, left_text
-        sign = source.choice("+-*")
+        sign = source.choice(signs)
         value = {"+": left + right, "-": left - right, "*": left * right}[sign]
         if not 1 <= value <= LARGEST_TARGET:
             return None
