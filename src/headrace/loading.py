@@ -10,15 +10,16 @@ from typing import Any
 
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheLayout, layout_of
+from headrace.contracts.method import ModelFacts
 from headrace.embedding import EmbeddingSettings
 from headrace.engine.clock import MonotonicClock
 from headrace.engine.compose import compose_engine, fit_context, shares_prefixes
 from headrace.engine.engine import Engine, EngineLimits
 from headrace.errors import ConfigurationError
-from headrace.exec.runner import LocalRunner
+from headrace.exec.runner import LocalRunner, trace_shapes
 from headrace.exec.sampling.sampler import Sampler
 from headrace.kv.arena import KVArena
-from headrace.kv.policies import FULL, make_kv_policy
+from headrace.methods import MethodSet, make_method
 from headrace.model_files import ModelFiles, open_model, read_tokenizer
 from headrace.models.base import find_architecture
 from headrace.ops.device import Device, resolve_device
@@ -83,6 +84,7 @@ class LoadedEngine:
     generation_defaults: dict[str, Any]
     pooling: EmbeddingSettings
     adapters: AdapterBank
+    methods: MethodSet
 
 
 def embedded_model() -> Path:
@@ -106,7 +108,7 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     """
     device = resolve_device(config.device)
     plan = WeightPlan.parse(config.weights, config.head_weights)
-    kv_policy = make_kv_policy(config.kv)
+    wanted_methods = [make_method(text) for text in config.method_texts]
     files = open_model(find_model(config))
     checkpoint = files.checkpoint
     architecture = find_architecture(checkpoint.config)
@@ -122,8 +124,10 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         isa=config.isa,
     )
     cache_dtype = config.cache_dtype(dtype)
-    layout = layout_of(architecture.layer_states(checkpoint.config, cache_dtype), config.block_size)
-    check_composition(config, layout)
+    states = architecture.layer_states(checkpoint.config, cache_dtype)
+    facts = ModelFacts(tuple(states), shape.context, shape.vocab_size, architecture.causal)
+    methods = MethodSet(wanted_methods, facts)
+    layout = layout_of(states, config.block_size)
     prefix_caching = shares_prefixes(config, layout, architecture.causal)
     counted = _counted(progress, checkpoint.num_bytes)
     loader = make_loader(checkpoint, architecture.load_map, ops, plan, counted)
@@ -136,7 +140,8 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     context = fit_context(config, layout, num_pages, shape.context, chunk)
     sampler = Sampler(selection=ops.selection)
     arena = KVArena(layout, num_pages, device.name, config.max_num_seqs)
-    runner = LocalRunner(model, arena, ops, sampler, loader.bank.routes)
+    methods.open_taps(lambda: trace_shapes(model, arena, ops), ops)
+    runner = LocalRunner(model, arena, ops, sampler, loader.bank.routes, methods.taps)
     generation = files.generation
     limits = EngineLimits(
         max_model_len=context,
@@ -154,7 +159,6 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         runner=runner,
         clock=MonotonicClock(),
         text=tokenizer.stream,
-        kv_policy=kv_policy,
         causal=architecture.causal,
     )
     info = ModelInfo(
@@ -174,7 +178,7 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     )
     pooling = files.read_pooling(architecture.causal)
     return LoadedEngine(
-        engine, tokenizer, info, _sampling_defaults(generation), pooling, loader.bank
+        engine, tokenizer, info, _sampling_defaults(generation), pooling, loader.bank, methods
     )
 
 
@@ -201,16 +205,6 @@ def weight_facts(loader: CheckpointLoader, dtype: str) -> dict[str, Any]:
 def config_for(config: dict[str, Any], max_model_len: int | None) -> dict[str, Any]:
     """``config.json`` with the context that it may have been cut to, which RoPE may depend on."""
     return config if max_model_len is None else {**config, "max_model_len": max_model_len}
-
-
-def check_composition(config: EngineConfig, layout: CacheLayout) -> None:
-    """Refuse what does not go together. Raises ConfigurationError."""
-    if config.kv != FULL and (layout.window is not None or layout.states):
-        kind = "a sliding window" if layout.window is not None else "a recurrent state"
-        raise ConfigurationError(
-            f"kv: {config.kv!r} needs layers that keep all of their KV; this model has layers with "
-            f"{kind}"
-        )
 
 
 def size_arena(

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from headrace.contracts.kv_policy import KVPolicy, SealedPages
+from headrace.contracts.kv_policy import SealedPages
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.profile import Profile
 from headrace.contracts.step import (
@@ -138,7 +138,6 @@ class CheckingRunner(Runner):
         inner: moves the clock.
         engine: whose scheduler says what the sequences are.
         vocab: tokens are below it.
-        policy: decides which sealed pages stay, the same ones whatever chunks a text came in.
         causal: whether prompts may be fed in parts.
     """
 
@@ -147,10 +146,9 @@ class CheckingRunner(Runner):
         inner: Runner,
         engine: Engine,
         vocab: int,
-        policy: KVPolicy | None = None,
         causal: bool = True,
     ) -> None:
-        self._policy, self._causal = policy, causal
+        self._causal = causal
         self.seen = Seen()
         self.fault: Fault | None = None
         self.failed_requests: set[str] = set()
@@ -293,8 +291,10 @@ class CheckingRunner(Runner):
         """The tokens whose slots the sequence has before the step, in order."""
         sealed, size = sequence.num_sealed, self._size
         kept = list(range(sealed))
-        if self._policy is not None:
-            [dropped] = self._policy.drop([SealedPages(kept, sealed)])
+        policy = sequence.request.kv_policy
+        if policy is not None:
+            # It drops the same pages whatever chunks a text came in.
+            [dropped] = policy.drop([SealedPages(kept, sealed)])
             kept = [ordinal for ordinal in kept if ordinal not in dropped]
             self.seen.dropped += len(dropped)
         require(sequence.ordinals == kept, "other pages are left", sequence.ordinals, kept)
@@ -345,6 +345,9 @@ class CheckingRunner(Runner):
         require(row.positions == range(start, end), "wrong positions", row)
         require(row.pooling == request.pooling, "wrong pooling", row)
         require(row.adapter == request.profile.adapter, "a wrong adapter", row)
+        require(row.methods == request.profile.methods, "wrong methods", row)
+        quiet = sum(i < len(request.prompt_token_ids) - 1 for i in range(start, end))
+        require(row.num_quiet == quiet, "wrong inputs count as drawn from", row)
         whole = start == 0 and end == len(known)
         require(self._causal or whole, "a part of a prompt", row)
         samples = []

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
+from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.outputs import SequenceUpdate, TokenLogprobs
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
 from headrace.engine.sequence import Request
 from headrace.errors import OverloadedError
-from headrace.kv.policies import make_kv_policy
 from headrace.plan.simulation import simulated_engine
 from tests.engine.checking_runner import (
     CheckingRunner,
@@ -61,7 +61,8 @@ class Setup:
     rows: int = 4
     tokens: int = 8
     waiting: int = 6
-    kv: str = "full"
+    policies: tuple[KVPolicy, ...] = ()
+    """KV policies that requests may have."""
     causal: bool = True
     """Whether it generates; else a step has room for any prompt."""
 
@@ -122,7 +123,6 @@ class Harness:
             max_num_waiting=setup.waiting,
             seed=0,
         )
-        policy = make_kv_policy(setup.kv)
         self.engine, self.clock = simulated_engine(
             config,
             layout=make_layout(setup.windows, setup.block_size, setup.states),
@@ -130,11 +130,10 @@ class Harness:
             context=setup.context,
             vocab_size=VOCAB,
             eos_token_ids=(EOS,),
-            kv_policy=policy,
             causal=setup.causal,
         )
         inner = self.engine.runner
-        self.runner = CheckingRunner(inner, self.engine, VOCAB, policy, setup.causal)
+        self.runner = CheckingRunner(inner, self.engine, VOCAB, setup.causal)
         self.engine.runner = self.runner
         self.records: dict[str, Record] = {}
         self.refused = self.aborted = self.failed = 0
@@ -159,10 +158,17 @@ class Harness:
         *,
         priority: int = 0,
         profile: Profile = EXACT,
+        policy: int = 0,
         boundaries: tuple[int, ...] = (),
         pooling: Pooling | None = None,
     ) -> Record | None:
-        """Add a request; ``None`` when the queue is full. Prompt and output are cut to fit."""
+        """Add a request; ``None`` when the queue is full. Prompt and output are cut to fit.
+
+        ``policy`` counts from 1 through those of the setup, and is 0 for none.
+        """
+        if policy and self.setup.policies:
+            chosen = self.setup.policies[(policy - 1) % len(self.setup.policies)]
+            profile = replace(profile, methods=(chosen,))
         request_id = f"request-{len(self.records) + self.refused}"
         prompt = list(prompt)
         full = self.engine.stats().waiting >= self.setup.waiting

@@ -10,6 +10,7 @@ from collections import Counter
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
+from headrace.kv.policies.random_eviction import RandomEviction
 from tests.engine.checking_runner import Fault
 from tests.engine.harness import VOCAB, Harness, Setup
 
@@ -26,8 +27,8 @@ SETUPS = (
     Setup(block_size=1, pages=22, rows=4, tokens=7),
     Setup(block_size=8, pages=6, rows=6, tokens=16),
     Setup(pages=16, rows=2, tokens=6),
-    Setup(pages=9, rows=4, tokens=6, kv="random-eviction:keep=0.5"),
-    Setup(windows=(None, None), pages=8, rows=5, tokens=9, kv="random-eviction:keep=0.2"),
+    Setup(pages=9, rows=4, tokens=6, policies=(RandomEviction(0.5),)),
+    Setup(windows=(None, None), pages=8, rows=5, tokens=9, policies=(RandomEviction(0.2),)),
     Setup(windows=(None, 5), pages=9, rows=4, tokens=6),
     Setup(policy="priority", windows=(4,), pages=7, rows=5, tokens=5, block_size=3),
     Setup(windows=(7, None, 7), pages=10, rows=5, tokens=9, block_size=1),
@@ -109,7 +110,10 @@ class Walk:
             params = SamplingParams(max_tokens=0)
             pooling = rng.choice(POOLING)
         priority = rng.randint(-1, 1)
-        self.harness.add(prompt, params, priority=priority, profile=profile, pooling=pooling)
+        policy = int(rng.random() < 0.7)
+        self.harness.add(
+            prompt, params, priority=priority, profile=profile, policy=policy, pooling=pooling
+        )
 
     def act(self) -> None:
         rng, harness = self.random, self.harness

@@ -17,6 +17,7 @@ from hypothesis.stateful import (
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
+from headrace.kv.policies.random_eviction import RandomEviction
 from tests.engine.checking_runner import Fault
 from tests.engine.harness import VOCAB, Harness, Setup
 
@@ -27,7 +28,7 @@ FAULTS = ("early", "submit", "collect", "interrupt", "rows")
 def is_composable(setup: Setup) -> bool:
     """Whether a model would be loaded so: a policy decides on all pages of a sequence."""
     whole = setup.windows.count(None) == len(setup.windows) > 0 and not setup.states
-    return whole or (setup.kv == "full" and setup.causal)
+    return whole or (not setup.policies and setup.causal)
 
 
 setups = st.builds(
@@ -42,7 +43,7 @@ setups = st.builds(
     rows=st.integers(1, 5),
     tokens=st.integers(1, 12),
     waiting=st.integers(1, 6),
-    kv=st.sampled_from(("full", "random-eviction:keep=0.3", "random-eviction:keep=0.75")),
+    policies=st.sampled_from(((), (RandomEviction(0.3), RandomEviction(0.75, seed=1)))),
     causal=st.sampled_from((True, True, True, False)),
 ).filter(is_composable)
 
@@ -69,6 +70,7 @@ class EngineMachine(RuleBasedStateMachine):
         scored=st.booleans(),
         priority=st.integers(-1, 1),
         profile=st.sampled_from(PROFILES),
+        policy=st.integers(0, 2),
         seed=st.one_of(st.none(), st.integers(0, 3)),
         ends=st.lists(st.integers(1, 24), max_size=2),
         pooling=st.sampled_from((None, None, None, "last", "mean", "first")),
@@ -86,6 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
         scored: bool,
         priority: int,
         profile: Profile,
+        policy: int,
         seed: int | None,
         ends: list[int],
         pooling: Pooling | None,
@@ -113,6 +116,7 @@ class EngineMachine(RuleBasedStateMachine):
             params,
             priority=priority,
             profile=profile,
+            policy=policy,
             boundaries=boundaries,
             pooling=pooling,
         )

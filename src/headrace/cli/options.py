@@ -160,6 +160,7 @@ _ENGINE_FLAGS = {
     "kv_cache_memory_bytes": "--kv-cache-memory",
     "enable_prefix_caching": "--prefix-caching/--no-prefix-caching",
     "num_threads": "--threads",
+    "methods": "--method",
 }
 ENGINE = option_set(EngineConfig, "Engine", flags=_ENGINE_FLAGS)
 ENGINE_OF_MODEL = option_set(EngineConfig, "Engine", flags=_ENGINE_FLAGS, argument="model")

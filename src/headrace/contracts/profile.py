@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headrace.contracts.method import Method
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:
     """Part of the prefix tree's key: pages are shared only between equal profiles.
 
     Args:
-        methods: (name, options) of each method that alters activations, positions or KV bytes.
+        methods: with the request's options, in the engine's order.
         adapter: name and version of the adapter in use.
         salt: keeps the caches of tenants apart.
     """
 
-    methods: tuple[tuple[str, str], ...] = ()
+    methods: tuple[Method, ...] = ()
     adapter: str = ""
     salt: str = ""
+
+    def shared_tokens(self, prompt_tokens: int) -> int | None:
+        """How many tokens of a sequence have KV that follows from them alone; ``None``: all."""
+        counts = [method.shared_tokens(prompt_tokens) for method in self.methods]
+        return min((count for count in counts if count is not None), default=None)
 
 
 EXACT = Profile()

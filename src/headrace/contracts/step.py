@@ -14,6 +14,7 @@ from typing import Literal, NewType
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contracts.method import Method
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.sampling import SamplingParams
 
@@ -64,6 +65,8 @@ class PlanRow:
         score_top: alternatives to report for each scored token.
         pooling: what is wanted of the hidden states of the inputs.
         adapter: key of the adapter that the inputs go through; "": none.
+        methods: of the request, as it chose them.
+        num_quiet: so many of the inputs come before the first one that a token is drawn from.
     """
 
     sequence: int
@@ -76,6 +79,8 @@ class PlanRow:
     score_top: int = 0
     pooling: Pooling | None = None
     adapter: str = ""
+    methods: tuple[Method, ...] = ()
+    num_quiet: int = 0
 
 
 @dataclass(slots=True)

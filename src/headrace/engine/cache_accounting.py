@@ -24,8 +24,6 @@ class CacheAccounting:
         max_slots: slots of one sequence at most.
         share_prefixes: keep sealed runs in the prefix tree. The layout must have no states: they
             are known only at a sequence's end.
-        policy: decides which sealed runs a sequence keeps; all if ``None``. What was computed
-            without a part of its past is never shared. The layout must have no windows.
         chunk: inputs of one step at most, which may be sealed before pages are freed.
     """
 
@@ -36,15 +34,13 @@ class CacheAccounting:
         num_rows: int,
         max_slots: int,
         share_prefixes: bool,
-        policy: KVPolicy | None = None,
         chunk: int = 0,
     ) -> None:
         self.layout = layout
         self.pool = PagePool(num_pages)
         windowed = [group.window is not None for group in layout.groups]
         self.tree = PrefixTree(layout.block_size, windowed)
-        self._share = share_prefixes and policy is None
-        self._policy = policy
+        self._share = share_prefixes
         self._chunk = chunk
         self._columns_in_window = layout.columns_in_window(chunk)
         self._windowed = np.flatnonzero(windowed)
@@ -75,10 +71,12 @@ class CacheAccounting:
         At least one token stays pending, since logits need an input; a request that wants the
         log-probabilities of its prompt has to compute it.
         """
-        if not self._share or sequence.request.needs_all_inputs:
+        request = sequence.request
+        if not self._share or request.needs_all_inputs:
             return []
-        limit = (len(sequence.token_ids) - 1) // self.layout.block_size
-        runs = self.tree.match(sequence.request.profile, sequence.token_ids, limit)
+        known = min(len(sequence.token_ids) - 1, request.num_shareable)
+        limit = known // self.layout.block_size
+        runs = self.tree.match(request.profile, sequence.token_ids, limit)
         return runs if self.layout.window is None else runs[: self._readable(runs)]
 
     def _readable(self, runs: list[SealedRun]) -> int:
@@ -98,8 +96,9 @@ class CacheAccounting:
     def pages_to_admit(self, sequence: Sequence, runs: list[SealedRun]) -> int:
         """Pages that must be available to adopt ``runs`` and hold all known tokens."""
         new = self.layout.pages_for(len(sequence.token_ids)) - len(runs)
-        if self._policy is not None:
-            most = self._policy.most_pages(new) + self.layout.pages_for(self._chunk) + 1
+        policy = sequence.request.kv_policy
+        if policy is not None:
+            most = policy.most_pages(new) + self.layout.pages_for(self._chunk) + 1
             new = min(new, most)
         windows = len(self._windowed)
         lasting = new + sum(run.users == 0 for run in runs)
@@ -193,7 +192,7 @@ class CacheAccounting:
             pages = tuple(sequence.tail.pop(0)) if self._num_groups else ()
             start = sequence.num_sealed * size
             key = tuple(sequence.token_ids[start : start + size])
-            if self._share:
+            if self._share and start + size <= sequence.request.num_shareable:
                 parent = (
                     sequence.runs[-1] if sequence.runs else self.tree.root(sequence.request.profile)
                 )
@@ -215,13 +214,16 @@ class CacheAccounting:
         sequence.num_passed = max(sequence.num_passed, first)
 
     def shrink(self, sequences: list[Sequence]) -> None:
-        """Let the policy free sealed pages of sequences that have sealed some."""
-        if self._policy is None:
-            return
-        views = [SealedPages(s.ordinals, s.num_sealed) for s in sequences]
-        for sequence, dropped in zip(sequences, self._policy.drop(views), strict=True):
-            if dropped:
-                self._drop(sequence, set(dropped))
+        """Let policies free sealed pages of sequences that have sealed some."""
+        by_policy: dict[KVPolicy, list[Sequence]] = {}
+        for sequence in sequences:
+            if sequence.request.kv_policy is not None:
+                by_policy.setdefault(sequence.request.kv_policy, []).append(sequence)
+        for policy, theirs in by_policy.items():
+            views = [SealedPages(s.ordinals, s.num_sealed) for s in theirs]
+            for sequence, dropped in zip(theirs, policy.drop(views), strict=True):
+                if dropped:
+                    self._drop(sequence, set(dropped))
 
     def _drop(self, sequence: Sequence, ordinals: set[int]) -> None:
         """Free the runs with these ordinals; what follows moves up in the tables."""

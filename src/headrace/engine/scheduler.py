@@ -208,4 +208,6 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
         score_top=request.params.prompt_logprobs or 0,
         pooling=request.pooling,
         adapter=request.profile.adapter,
+        methods=request.profile.methods,
+        num_quiet=min(count, max(0, len(request.prompt_token_ids) - 1 - start)),
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contracts.kv_policy import KVPolicy
+from headrace.contracts.method import of_kind
 from headrace.contracts.outputs import RequestMetrics, TokenLogprobs
 from headrace.contracts.profile import Profile
 from headrace.contracts.sampling import SamplingParams
@@ -32,13 +35,16 @@ class Request:
 
     ``boundaries`` are counts of prompt tokens, ascending: what lies behind one is fed in a later
     step than what lies before it. With ``pooling``, nothing is generated: ``pooled`` gathers what
-    makes the embedding.
+    makes the embedding. Of each sequence, the first ``num_shareable`` tokens have KV that others
+    may share; ``kv_policy`` decides what it keeps.
     """
 
     __slots__ = (
         "boundaries",
+        "kv_policy",
         "max_tokens",
         "metrics",
+        "num_shareable",
         "params",
         "pooled",
         "pooling",
@@ -72,6 +78,9 @@ class Request:
         self.max_tokens = max_tokens
         self.priority = priority
         self.profile = profile
+        self.kv_policy = next(iter(of_kind(profile.methods, KVPolicy)), None)
+        shared = profile.shared_tokens(len(prompt_token_ids))
+        self.num_shareable = sys.maxsize if shared is None else shared
         self.metrics = RequestMetrics(arrival_time)
         self.sequences: list[Sequence] = []
         self.unfinished = params.n

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow
+from headrace.exec.taps import TappedRows
 from headrace.kv.arena import KVArena
 from headrace.ops.paged import StepShape
 from headrace.ops.recurrent import RowSpans
@@ -26,6 +28,7 @@ class ForwardBatch:
         rows: which of them belong together.
         attention: one plan per cache group.
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
+        tapped: name of a method with a tap -> the inputs that it is for.
     """
 
     input_ids: Tensor
@@ -33,16 +36,23 @@ class ForwardBatch:
     rows: RowSpans
     attention: list[Any]
     adapted: Sequence[tuple[str, Tensor]]
+    tapped: Mapping[str, Sequence[TappedRows[Any]]]
 
 
 class BatchBuilder:
     """Builds the micro-batches of a step: one, or one per token where ops are batch-invariant.
 
     Of models that are not causal, it is one per row: tokens see those behind them.
+
+    Args:
+        tapping: names of the methods that have taps.
     """
 
-    def __init__(self, arena: KVArena, ops: Ops, causal: bool = True) -> None:
+    def __init__(
+        self, arena: KVArena, ops: Ops, causal: bool = True, tapping: Collection[str] = ()
+    ) -> None:
         self._arena = arena
+        self._tapping = tapping
         self._ops = ops
         self._causal = causal
         self._groups = range(len(arena.layout.groups))
@@ -73,7 +83,7 @@ class BatchBuilder:
             plans.append(self._ops.attention.plan(shape, plane))
         spans = RowSpans(lengths.tolist(), used)
         ids_of, places = self._tensor(ids), self._tensor(positions)
-        return ForwardBatch(ids_of, places, spans, plans, self._adapted(rows))
+        return ForwardBatch(ids_of, places, spans, plans, self._adapted(rows), self._tapped(rows))
 
     def _adapted(self, rows: Sequence[PlanRow]) -> list[tuple[str, Tensor]]:
         """The inputs that go through adapters, by adapter."""
@@ -85,6 +95,24 @@ class BatchBuilder:
                 found.setdefault(row.adapter, []).extend(range(place, place + count))
             place += count
         return [(key, self._tensor(inputs)) for key, inputs in found.items()]
+
+    def _tapped(self, rows: Sequence[PlanRow]) -> dict[str, list[TappedRows[Any]]]:
+        """The inputs of rows whose methods have taps, by method as the rows chose it."""
+        found: dict[Method, tuple[list[int], list[int]]] = {}
+        place = 0
+        for row in rows:
+            end = place + len(row.input_ids)
+            for method in row.methods:
+                if method.name() in self._tapping:
+                    inputs, answering = found.setdefault(method, ([], []))
+                    inputs.extend(range(place, end))
+                    answering.extend(range(place + row.num_quiet, end))
+            place = end
+        tapped: dict[str, list[TappedRows[Any]]] = {}
+        for method, (inputs, answering) in found.items():
+            part = TappedRows(method, self._tensor(inputs), self._tensor(answering))
+            tapped.setdefault(method.name(), []).append(part)
+        return tapped
 
     def _tensor(self, values: list[int]) -> Tensor:
         array = np.array(values, dtype=np.int64)
@@ -100,4 +128,6 @@ def _single_input(row: PlanRow, index: int) -> PlanRow:
         positions=row.positions[index : index + 1],
         slot=row.slot + index,
         adapter=row.adapter,
+        methods=row.methods,
+        num_quiet=int(index < row.num_quiet),
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.contracts.step import Pooling
 from headrace.exec.batch import ForwardBatch
+from headrace.exec.taps import Site, Tap
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
 from headrace.models.layers.rotary import RotaryEmbedding
@@ -64,14 +66,62 @@ class LayerContext:
         """See ``AttentionContext``."""
         return self._arena.states(layer)
 
+    def enter(self, layer: int, hidden: Tensor) -> Tensor:
+        """What layer ``layer`` gets of the residual stream ``[T, hidden]``."""
+        return hidden
+
+
+class TappedContext(LayerContext):
+    """The context of a micro-batch with rows whose methods have taps."""
+
+    def __init__(
+        self, batch: ForwardBatch, arena: KVArena, ops: Ops, taps: Mapping[str, Tap[Any]]
+    ) -> None:
+        super().__init__(batch, arena, ops)
+        self._taps = [
+            (tap, batch.tapped[name]) for name, tap in taps.items() if name in batch.tapped
+        ]
+
+    def _tap(self, site: Site, layer: int, values: Tensor) -> Tensor:
+        for tap, rows in self._taps:
+            if tap.site == site:
+                values = tap(layer, values, rows)
+        return values
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: RotaryEmbedding,
+        spec: AttentionSpec,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See ``AttentionContext``."""
+        q = self._tap("query", layer, q)
+        k = self._tap("key", layer, k)
+        v = self._tap("value", layer, v)
+        out = super().attend(layer, q, k, v, rotary, spec, sinks)
+        return self._tap("attention", layer, out.unflatten(1, (q.shape[1], -1))).flatten(1)
+
+    def enter(self, layer: int, hidden: Tensor) -> Tensor:
+        return self._tap("hidden", layer, hidden)
+
 
 class LayerLoop:
     """Runs a model over micro-batches: all layers of one before the next begins."""
 
     def __init__(
-        self, model: DecoderModel, arena: KVArena, ops: Ops, routes: AdapterRoutes
+        self,
+        model: DecoderModel,
+        arena: KVArena,
+        ops: Ops,
+        routes: AdapterRoutes,
+        taps: Mapping[str, Tap[Any]],
     ) -> None:
         self._routes = routes
+        self._taps = taps
         self._model = model
         self._arena = arena
         self._ops = ops
@@ -82,11 +132,14 @@ class LayerLoop:
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def _run_layers(self, batch: ForwardBatch) -> Tensor:
-        context = LayerContext(batch, self._arena, self._ops)
+        if batch.tapped:
+            context: LayerContext = TappedContext(batch, self._arena, self._ops, self._taps)
+        else:
+            context = LayerContext(batch, self._arena, self._ops)
         self._routes.rows = batch.adapted
         hidden = self._model.embed(batch.input_ids, batch.positions)
-        for layer in self._model.layers:
-            hidden = layer.mix(hidden, context)
+        for index, layer in enumerate(self._model.layers):
+            hidden = layer.mix(context.enter(index, hidden), context)
             hidden = layer.feed(hidden)
         return hidden
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.step import (
     PageTables,
+    PlanRow,
     RowResult,
     Runner,
     StepPlan,
@@ -19,6 +23,7 @@ from headrace.contracts.step import (
 from headrace.exec.batch import BatchBuilder
 from headrace.exec.layer_loop import LayerLoop
 from headrace.exec.sampling.sampler import Sampler, token_logprobs
+from headrace.exec.taps import SITES, ShapeTap, Site, SiteShapes, Tap
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
 from headrace.ops.adapted_linear import AdapterRoutes
@@ -26,6 +31,19 @@ from headrace.ops.table import Ops
 
 _SCORED_AT_ONCE = 64
 """Rows of prompt logits in memory at once, since a row is as wide as the vocabulary."""
+
+
+def trace_shapes(model: DecoderModel, arena: KVArena, ops: Ops) -> SiteShapes:
+    """What passes each site of a model, found by feeding a token into pages that nobody holds."""
+    shapes: dict[tuple[Site, int], tuple[int, ...]] = {}
+    taps: dict[str, Tap[Any]] = {site: ShapeTap(site, shapes) for site in SITES}
+    row = PlanRow(sequence=0, table_row=0, input_ids=[0], positions=range(1), slot=0)
+    tables = np.zeros((len(arena.layout.groups), 1, 1), dtype=np.int32)
+    with torch.inference_mode():
+        [batch] = BatchBuilder(arena, ops, model.causal).build([row], tables)
+        batch.tapped = dict.fromkeys(SITES, ())
+        LayerLoop(model, arena, ops, AdapterRoutes(), taps).run([batch])
+    return shapes
 
 
 class LocalRunner(Runner):
@@ -38,12 +56,13 @@ class LocalRunner(Runner):
         ops: Ops,
         sampler: Sampler,
         routes: AdapterRoutes | None = None,
+        taps: Mapping[str, Tap[Any]] | None = None,
     ) -> None:
         self.arena = arena
         self.sampler = sampler
         self._ops = ops
-        self._loop = LayerLoop(model, arena, ops, routes or AdapterRoutes())
-        self._builder = BatchBuilder(arena, ops, model.causal)
+        self._loop = LayerLoop(model, arena, ops, routes or AdapterRoutes(), taps or {})
+        self._builder = BatchBuilder(arena, ops, model.causal, (taps or {}).keys())
         self._results: dict[Ticket, StepResult] = {}
         self._tickets = 0
 

@@ -1,0 +1,202 @@
+"""Methods by name: found, described, configured, and chosen by requests."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from headrace.contracts.method import Method, ModelFacts, conflict, of_kind
+from headrace.errors import ConfigurationError, InvalidRequestError
+from headrace.exec.taps import SiteShapes, Tap, TapMethod
+from headrace.ops.table import Ops
+
+ROOMS = ("headrace.kv.policies", "headrace.exec.steering")
+"""Packages in which every module is a method, named as it is."""
+
+Choice = Mapping[str, Mapping[str, Any]]
+"""Name of a method -> the options that a request sets for itself."""
+
+
+def known_methods() -> dict[str, str]:
+    """Name -> module, of every method in the house."""
+    found = {}
+    for room in ROOMS:
+        for module in pkgutil.iter_modules(importlib.import_module(room).__path__):
+            found[module.name.replace("_", "-")] = f"{room}.{module.name}"
+    return dict(sorted(found.items()))
+
+
+def find_method(name: str) -> type[Method]:
+    """The method of that name, or the class of a file for ``"file.py:Class"``.
+
+    Raises:
+        ConfigurationError: there is none; the known ones are listed.
+    """
+    path, separator, attribute = name.rpartition(":")
+    if separator:
+        return _method_in_file(Path(path), attribute)
+    known = known_methods()
+    if name not in known:
+        raise ConfigurationError(f"method: {name!r} is unknown; known: {', '.join(known)}")
+    module = importlib.import_module(known[name])
+    [found] = (
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and each.__module__ == module.__name__ and "card" in vars(each)
+    )
+    return found
+
+
+def _method_in_file(path: Path, attribute: str) -> type[Method]:
+    if not path.is_file():
+        raise ConfigurationError(f"method: the file {path} does not exist")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigurationError(f"method: {path}: {type(error).__name__}: {error}") from error
+    found = getattr(module, attribute, None)
+    if not (isinstance(found, type) and issubclass(found, Method) and hasattr(found, "card")):
+        raise ConfigurationError(
+            f"method: {path} has no class {attribute!r} that is a Method with a card"
+        )
+    return found
+
+
+def make_method(text: str) -> Method:
+    """The method that ``"name:option=value,option=value"`` describes; the name may be a file's.
+
+    Raises:
+        ConfigurationError: no method has that name, it has no such option, or a value is wrong.
+    """
+    name, listed = _split(text)
+    kind = find_method(name)
+    types = get_type_hints(kind)
+    options: dict[str, Any] = {}
+    for part in filter(None, listed.split(",")):
+        key, _, value = part.partition("=")
+        _check_option(kind, key)
+        try:
+            options[key] = _read(types[key], value)
+        except ValueError:
+            raise ConfigurationError(
+                f"method: {kind.name()}: {key} must be of type {types[key].__name__}, got {value!r}"
+            ) from None
+    try:
+        return kind(**options)
+    except ValueError as error:
+        raise ConfigurationError(f"method: {kind.name()}: {error}") from None
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Name and options; the colon before the class in a file belongs to the name."""
+    file, separator, rest = text.partition(".py:")
+    if not separator:
+        name, _, listed = text.partition(":")
+        return name, listed
+    attribute, _, listed = rest.partition(":")
+    return f"{file}.py:{attribute}", listed
+
+
+def _read(kind: Any, text: str) -> Any:
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise ValueError(text)
+        return text == "true"
+    return kind(text)
+
+
+def _check_option(kind: type[Method], key: str) -> None:
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if key not in names:
+        raise ConfigurationError(
+            f"method: {kind.name()} has no option {key!r}; it has {', '.join(names) or 'none'}"
+        )
+
+
+class MethodSet:
+    """The methods of a running engine: all are on where a request does not choose.
+
+    Attributes:
+        taps: name of a method -> what it has made ready, once they are opened.
+
+    Raises:
+        ConfigurationError: the model lacks what one needs, or two do not go together.
+    """
+
+    def __init__(self, methods: Sequence[Method], model: ModelFacts) -> None:
+        self.methods = tuple(methods)
+        self.taps: dict[str, Tap[Any]] = {}
+        for method in self.methods:
+            try:
+                method.check(model)
+            except ValueError as error:
+                raise ConfigurationError(f"method: {method.name()}: {error}") from None
+        reason = conflict(self.methods)
+        if reason is not None:
+            raise ConfigurationError(f"method: {reason}")
+
+    def open_taps(self, trace: Callable[[], SiteShapes], ops: Ops) -> None:
+        """Make taps ready; ``trace`` finds the model's shapes, if any method asks for them.
+
+        Raises:
+            ConfigurationError: a method does not fit the model.
+        """
+        methods = of_kind(self.methods, TapMethod)
+        shapes = trace() if methods else {}
+        for method in methods:
+            try:
+                self.taps[method.name()] = method.open(shapes, ops)
+            except ValueError as error:
+                raise ConfigurationError(f"method: {method.name()}: {error}") from None
+
+    def choose(self, choice: Choice | None) -> tuple[Method, ...]:
+        """The methods of a request that names some, with options of its own; all for ``None``.
+
+        Raises:
+            InvalidRequestError: one is not loaded, or cannot be chosen so.
+        """
+        if choice is None:
+            return self.methods
+        names = {method.name() for method in self.methods}
+        if unknown := sorted(choice.keys() - names):
+            loaded = ", ".join(sorted(names)) or "none"
+            raise InvalidRequestError("methods", f"{unknown[0]!r} is not loaded; loaded: {loaded}")
+        chosen = []
+        for method in self.methods:
+            if method.name() in choice:
+                chosen.append(self._with_options(method, choice[method.name()]))
+            elif method.card.request_options is None:
+                chosen.append(method)
+        return tuple(chosen)
+
+    def _with_options(self, method: Method, options: Mapping[str, Any]) -> Method:
+        """The method as a request wants it."""
+        _check_types(method, options)
+        try:
+            changed = replace(method, **options)  # type: ignore[type-var]
+            if method.name() in self.taps:
+                self.taps[method.name()].check(changed)
+        except ValueError as error:
+            raise InvalidRequestError(f"methods.{method.name()}", str(error)) from None
+        return changed
+
+
+def _check_types(method: Method, options: Mapping[str, Any]) -> None:
+    allowed = method.card.request_options or ()
+    types = get_type_hints(type(method))
+    for key, value in options.items():
+        field = f"methods.{method.name()}.{key}"
+        if key not in allowed:
+            listed = ", ".join(allowed) or "none"
+            raise InvalidRequestError(field, f"is not for requests; those that are: {listed}")
+        kind = types[key]
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise InvalidRequestError(field, f"must be of type {kind.__name__}, got {value!r}")
