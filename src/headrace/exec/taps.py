@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor
 
@@ -62,7 +62,6 @@ class TapMethod(Method):
     """A method that works through a tap."""
 
     __slots__ = ()
-    site: ClassVar[Site]
 
     @abstractmethod
     def open(self, shapes: SiteShapes, ops: Ops) -> Tap[Any]:
