@@ -109,11 +109,6 @@ class EngineConfig:
             ok = self.dtype in ("auto", "float32")
             self._check("dtype", ok, "reference mode computes in float32")
 
-    @property
-    def method_texts(self) -> list[str]:
-        """All methods that are asked for, the one for the KV cache first."""
-        return [*([] if self.kv == FULL else [self.kv]), *self.methods]
-
     def cache_dtype(self, compute_dtype: str) -> str:
         """The element type of the KV cache of a model that computes in ``compute_dtype``."""
         return compute_dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype

@@ -19,7 +19,7 @@ from headrace.errors import ConfigurationError
 from headrace.exec.runner import LocalRunner, trace_shapes
 from headrace.exec.sampling.sampler import Sampler
 from headrace.kv.arena import KVArena
-from headrace.methods import MethodSet, make_method
+from headrace.methods import MethodSet, configured_methods
 from headrace.model_files import ModelFiles, open_model, read_tokenizer
 from headrace.models.base import find_architecture
 from headrace.ops.device import Device, resolve_device
@@ -108,7 +108,7 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     """
     device = resolve_device(config.device)
     plan = WeightPlan.parse(config.weights, config.head_weights)
-    wanted_methods = [make_method(text) for text in config.method_texts]
+    wanted_methods = configured_methods(config)
     files = open_model(find_model(config))
     checkpoint = files.checkpoint
     architecture = find_architecture(checkpoint.config)
@@ -133,9 +133,7 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     loader = make_loader(checkpoint, architecture.load_map, ops, plan, counted)
     model = architecture(config_for(checkpoint.config, config.max_model_len), loader, ops)
 
-    chunk = config.max_num_batched_tokens or device.step_tokens
-    if not architecture.causal:
-        chunk = max(chunk, config.max_model_len or shape.context)
+    chunk = step_inputs(config, device, shape.context, architecture.causal)
     num_pages = size_arena(config, layout, shape.context, chunk, device, loader.mapped_bytes)
     context = fit_context(config, layout, num_pages, shape.context, chunk)
     sampler = Sampler(selection=ops.selection)
@@ -166,14 +164,12 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         path=files.path,
         architecture=str(checkpoint.config["model_type"]),
         **weight_facts(loader, dtype),
+        **cache_facts(layout, num_pages),
         dtype=dtype,
         device=device.name,
         max_model_len=context,
         vocab_size=shape.vocab_size,
         eos_token_ids=limits.eos_token_ids,
-        kv_token_bytes=int(layout.token_bytes),
-        num_pages=num_pages,
-        block_size=config.block_size,
         prefix_caching=prefix_caching,
     )
     pooling = files.read_pooling(architecture.causal)
@@ -202,9 +198,24 @@ def weight_facts(loader: CheckpointLoader, dtype: str) -> dict[str, Any]:
     }
 
 
+def cache_facts(layout: CacheLayout, num_pages: int) -> dict[str, Any]:
+    """What a ``ModelInfo`` says of the KV cache."""
+    return {
+        "kv_token_bytes": int(layout.token_bytes),
+        "num_pages": num_pages,
+        "block_size": layout.block_size,
+    }
+
+
 def config_for(config: dict[str, Any], max_model_len: int | None) -> dict[str, Any]:
     """``config.json`` with the context that it may have been cut to, which RoPE may depend on."""
     return config if max_model_len is None else {**config, "max_model_len": max_model_len}
+
+
+def step_inputs(config: EngineConfig, device: Device, context: int, causal: bool) -> int:
+    """Inputs of a step at most; a model that is not causal is fed whole texts."""
+    chunk = config.max_num_batched_tokens or device.step_tokens
+    return chunk if causal else max(chunk, config.max_model_len or context)
 
 
 def size_arena(

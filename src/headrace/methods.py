@@ -10,6 +10,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from headrace.config import FULL, EngineConfig
+from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.method import Method, ModelFacts, conflict, of_kind
 from headrace.errors import ConfigurationError, InvalidRequestError
 from headrace.exec.taps import SiteShapes, Tap, TapMethod
@@ -78,21 +80,26 @@ def make_method(text: str) -> Method:
     """
     name, listed = _split(text)
     kind = find_method(name)
-    types = get_type_hints(kind)
-    options: dict[str, Any] = {}
-    for part in filter(None, listed.split(",")):
-        key, _, value = part.partition("=")
-        _check_option(kind, key)
-        try:
-            options[key] = _read(types[key], value)
-        except ValueError:
-            raise ConfigurationError(
-                f"method: {kind.name()}: {key} must be of type {types[key].__name__}, got {value!r}"
-            ) from None
     try:
-        return kind(**options)
+        return kind(**_read_options(kind, listed))
     except ValueError as error:
         raise ConfigurationError(f"method: {kind.name()}: {error}") from None
+
+
+def configured_methods(config: EngineConfig) -> list[Method]:
+    """The methods that a configuration asks for, the one for the KV cache first.
+
+    Raises:
+        ConfigurationError: see ``make_method``; or ``kv`` names a method of another kind.
+    """
+    if config.kv == FULL:
+        return [make_method(text) for text in config.methods]
+    policy = make_method(config.kv)
+    if not of_kind([policy], KVPolicy):
+        raise ConfigurationError(
+            f"kv: {policy.name()} does not decide what stays in the KV cache; use --method"
+        )
+    return [policy, *(make_method(text) for text in config.methods)]
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -105,20 +112,25 @@ def _split(text: str) -> tuple[str, str]:
     return f"{file}.py:{attribute}", listed
 
 
-def _read(kind: Any, text: str) -> Any:
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise ValueError(text)
-        return text == "true"
-    return kind(text)
-
-
-def _check_option(kind: type[Method], key: str) -> None:
+def _read_options(kind: type[Method], listed: str) -> dict[str, Any]:
+    """Options written ``name=value,name=value``. Raises ValueError."""
+    types = get_type_hints(kind)
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    if key not in names:
-        raise ConfigurationError(
-            f"method: {kind.name()} has no option {key!r}; it has {', '.join(names) or 'none'}"
-        )
+    options: dict[str, Any] = {}
+    for part in filter(None, listed.split(",")):
+        key, _, value = part.partition("=")
+        if key not in names:
+            raise ValueError(f"has no option {key!r}; it has {', '.join(names) or 'none'}")
+        try:
+            options[key] = _BOOLS[value] if types[key] is bool else types[key](value)
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"{key} must be of type {types[key].__name__}, got {value!r}"
+            ) from None
+    return options
+
+
+_BOOLS = {"true": True, "false": False}
 
 
 class MethodSet:
