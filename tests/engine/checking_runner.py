@@ -13,6 +13,7 @@ import numpy.typing as npt
 from headrace.contracts.kv_policy import SealedPages
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.profile import Profile
+from headrace.contracts.slot_policy import CompactionSchedule
 from headrace.contracts.step import (
     PageTables,
     PlanRow,
@@ -26,6 +27,7 @@ from headrace.contracts.step import (
 )
 from headrace.engine.engine import Engine
 from headrace.engine.sequence import Sequence, Status
+from tests.engine.hashed_slots import HashedSlots
 
 Vector = npt.NDArray[np.float32]
 
@@ -123,6 +125,10 @@ class Seen:
     resumed: int = 0
     dropped: int = 0
     """Pages that a policy had freed, counted in every step."""
+    compacted: int = 0
+    """Rows whose slots were reduced."""
+    compacted_hits: int = 0
+    """Rows that begin behind a compaction that another sequence has made."""
     passed: int = 0
     """Slots before a window, counted in every step."""
     failed: set[str] = field(default_factory=set)
@@ -188,12 +194,15 @@ class CheckingRunner(Runner):
             self._write(row, running[row.sequence], tables, written, index in failing)
         if fault is not None and fault.kind == "submit":
             raise RuntimeError("injected into submit")
-        results = [
+        results: list[RowResult] = [
             RowResult(error="injected into a row")
             if index in failing
             else self._run(row, running[row.sequence], tables)
             for index, row in enumerate(plan.rows)
         ]
+        for index, row in enumerate(plan.rows):
+            if index not in failing:
+                self._compact(row, running[row.sequence], tables)
         self._count(plan)
         ticket = self._inner.submit(plan, tables)
         self._results[ticket] = (StepResult(results), fault)
@@ -262,10 +271,9 @@ class CheckingRunner(Runner):
         """Read the context back, compare it with what it has to be, and go on from there."""
         end = row.slot + len(row.input_ids)
         known = histories(sequence.request.profile, sequence.token_ids)
-        new = range(sequence.num_fed, sequence.num_fed + len(row.input_ids))
-        held = [*self._held(sequence), *new]
-        expected = [Slot(sequence.token_ids[i], i, known[i]) for i in held]
+        expected = self._expected(row, sequence, known, 0)
         for group, window in enumerate(self._windows):
+            expected = self._expected(row, sequence, known, group)
             count = -(-end // self._size)
             pages = tables[group, row.table_row, :count].tolist()
             slots = [slot for page in pages for slot in self._pages[page]]
@@ -287,8 +295,37 @@ class CheckingRunner(Runner):
             pooled = pool(known[fed], row.pooling)
         return RowResult(tokens, [None] * len(tokens), scores, pooled)
 
-    def _held(self, sequence: Sequence) -> list[int]:
+    def _expected(
+        self, row: PlanRow, sequence: Sequence, known: list[History], group: int
+    ) -> list[Slot]:
+        """What the slots of a group hold when the row's inputs have been fed."""
+        new = range(sequence.num_fed, sequence.num_fed + len(row.input_ids))
+        held = [*self._held(sequence, group), *new]
+        return [Slot(sequence.token_ids[i], i, known[i]) for i in held]
+
+    def _compact(self, row: PlanRow, sequence: Sequence, tables: PageTables) -> None:
+        """Reduce the row's slots as planned, in every group to others."""
+        if row.compaction is None:
+            return
+        self.seen.compacted += 1
+        known = histories(sequence.request.profile, sequence.token_ids)
+        history = known[sequence.num_fed + len(row.input_ids) - 1]
+        count = row.slot + len(row.input_ids)
+        for group in self._groups:
+            columns = tables[group, row.table_row, : -(-count // self._size)].tolist()
+            slots = [slot for page in columns for slot in self._pages[page]][:count]
+            kept = HashedSlots.choose(history, group, range(count), row.compaction.slots)
+            pages = row.compaction.pages[group].tolist()
+            require(not {*pages} & {*columns}, "a compaction fills pages that it reads", row)
+            for index, page in enumerate(pages):
+                part = kept[index * self._size : (index + 1) * self._size]
+                self._pages[page] = [slots[i] for i in part]
+
+    def _held(self, sequence: Sequence, group: int = 0) -> list[int]:
         """The tokens whose slots the sequence has before the step, in order."""
+        schedule = sequence.request.schedule
+        if schedule is not None:
+            return self._left(sequence, schedule, group)
         sealed, size = sequence.num_sealed, self._size
         kept = list(range(sealed))
         policy = sequence.request.kv_policy
@@ -300,6 +337,18 @@ class CheckingRunner(Runner):
         require(sequence.ordinals == kept, "other pages are left", sequence.ordinals, kept)
         slots = [i for ordinal in kept for i in range(ordinal * size, (ordinal + 1) * size)]
         return slots + list(range(sealed * size, sequence.num_fed))
+
+    @staticmethod
+    def _left(sequence: Sequence, schedule: CompactionSchedule, group: int) -> list[int]:
+        """The tokens that all compactions so far have left, and those since."""
+        known = histories(sequence.request.profile, sequence.token_ids)
+        held: list[int] = []
+        position = 0
+        while (due := schedule.next_due(position)) <= sequence.num_fed:
+            held += range(position, due)
+            held = HashedSlots.choose(known[due - 1], group, held, schedule.budget)
+            position = due
+        return [*held, *range(position, sequence.num_fed)]
 
     def _sample(self, history: History, state: SampleState) -> int:
         number = len(state.output_token_ids)
@@ -336,6 +385,7 @@ class CheckingRunner(Runner):
             "a boundary is crossed",
             row,
         )
+        self._check_compaction(row, sequence, start, end)
         require(sequence.status is Status.RUNNING, "a planned sequence does not run", row)
         require(count > 0, "an empty row", row)
         require(row.table_row == sequence.table_row, "a wrong table row", row)
@@ -366,6 +416,18 @@ class CheckingRunner(Runner):
             require(list(row.score_ids) == wanted, "wrong scores", row)
         self._note_fed(row, sequence)
 
+    @staticmethod
+    def _check_compaction(row: PlanRow, sequence: Sequence, start: int, end: int) -> None:
+        schedule, policy = sequence.request.schedule, sequence.request.slot_policy
+        if schedule is None:
+            require(row.compaction is None and row.observer is None, "a policy too much", row)
+            return
+        require(end <= schedule.next_stop(start), "a step goes beyond a compaction", row)
+        require(row.observer == (policy if schedule.observes(start) else None), "unobserved", row)
+        require((row.compaction is not None) == schedule.is_due(end), "no compaction is due", row)
+        if row.compaction is not None:
+            require(row.compaction.slots == schedule.budget, "a wrong number of slots", row)
+
     def _note_fed(self, row: PlanRow, sequence: Sequence) -> None:
         """A token is fed twice only by a sequence that lost its pages in between."""
         if row.sequence in self._fed and self._fed[row.sequence] != sequence.num_fed:
@@ -376,6 +438,8 @@ class CheckingRunner(Runner):
             )
             lost = request.metrics.num_preemptions
             require(resumed <= lost, "tokens are fed again without need", row)
+        elif row.sequence not in self._fed and sequence.compacted is not None:
+            self.seen.compacted_hits += sequence.index == 0
         elif row.sequence not in self._fed and sequence.index > 0:
             self.seen.late_forks += sequence.num_fed < len(sequence.request.prompt_token_ids)
         self._fed[row.sequence] = sequence.num_fed + len(row.input_ids)

@@ -13,9 +13,10 @@ from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.outputs import SequenceUpdate, TokenLogprobs
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
+from headrace.contracts.slot_policy import SlotPolicy
 from headrace.contracts.step import Pooling
 from headrace.engine.sequence import Request
-from headrace.errors import OverloadedError
+from headrace.errors import InvalidRequestError, OverloadedError
 from headrace.plan.simulation import simulated_engine
 from tests.engine.checking_runner import (
     CheckingRunner,
@@ -61,8 +62,8 @@ class Setup:
     rows: int = 4
     tokens: int = 8
     waiting: int = 6
-    policies: tuple[KVPolicy, ...] = ()
-    """KV policies that requests may have."""
+    policies: tuple[KVPolicy | SlotPolicy, ...] = ()
+    """What decides what stays in the cache, of which a request may have one."""
     causal: bool = True
     """Whether it generates; else a step has room for any prompt."""
 
@@ -186,6 +187,11 @@ class Harness:
             )
         except OverloadedError:
             assert full
+            self.refused += 1
+            return None
+        except InvalidRequestError:
+            # A compaction would take more pages than there are.
+            assert profile.methods
             self.refused += 1
             return None
         assert not full

@@ -13,6 +13,7 @@ from headrace.contracts.step import Pooling
 from headrace.kv.policies.random_eviction import RandomEviction
 from tests.engine.checking_runner import Fault
 from tests.engine.harness import VOCAB, Harness, Setup
+from tests.engine.hashed_slots import HashedSlots
 
 SETUPS = (
     Setup(pages=9, rows=4, tokens=6),
@@ -29,6 +30,9 @@ SETUPS = (
     Setup(pages=16, rows=2, tokens=6),
     Setup(pages=9, rows=4, tokens=6, policies=(RandomEviction(0.5),)),
     Setup(windows=(None, None), pages=8, rows=5, tokens=9, policies=(RandomEviction(0.2),)),
+    Setup(pages=9, rows=4, tokens=6, policies=(HashedSlots(4, 4, 2),)),
+    Setup(windows=(None, None), pages=12, rows=5, tokens=9, policies=(HashedSlots(3, 2, 1),)),
+    Setup(pages=30, rows=3, tokens=6, context=24, policies=(HashedSlots(2, 2, 1),)),
     Setup(windows=(None, 5), pages=9, rows=4, tokens=6),
     Setup(policy="priority", windows=(4,), pages=7, rows=5, tokens=5, block_size=3),
     Setup(windows=(7, None, 7), pages=10, rows=5, tokens=9, block_size=1),
@@ -57,6 +61,8 @@ SITUATIONS = (
     "aborted",
     "failed",
     "dropped",
+    "compacted",
+    "compacted_hits",
     "passed",
     "embedded",
 )
@@ -151,6 +157,8 @@ class Walk:
             resumed=seen.resumed,
             dropped=seen.dropped,
             passed=seen.passed,
+            compacted=seen.compacted,
+            compacted_hits=seen.compacted_hits,
             embedded=sum(
                 record.pooling is not None and record.reasons == ["length"]
                 for record in self.harness.records.values()

@@ -33,7 +33,9 @@ class KVPolicy(Method):
     __slots__ = ()
 
     def check(self, model: ModelFacts) -> None:
-        """It needs layers that keep all of their KV."""
+        """It needs a model that generates, whose layers keep all of their KV."""
+        if not model.causal:
+            raise ValueError("needs a model that generates; this one reads texts as a whole")
         if any(layer.window is not None for layer in model.layers):
             raise ValueError("needs layers that keep all of their KV; some here have a window")
         if any(layer.of_scope("sequence") for layer in model.layers):

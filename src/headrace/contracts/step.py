@@ -17,6 +17,7 @@ import numpy.typing as npt
 from headrace.contracts.method import Method
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.sampling import SamplingParams
+from headrace.contracts.slot_policy import SlotPolicy
 
 Ticket = NewType("Ticket", int)
 
@@ -50,6 +51,21 @@ class SampleState:
 
 
 @dataclass(slots=True)
+class Compaction:
+    """What becomes of a row's slots when its inputs have been fed.
+
+    Args:
+        policy: decides which stay.
+        slots: how many stay in every layer and head, in their order.
+        pages: where they go, int32 ``[groups, pages]``; nobody else holds these.
+    """
+
+    policy: SlotPolicy
+    slots: int
+    pages: npt.NDArray[np.int32]
+
+
+@dataclass(slots=True)
 class PlanRow:
     """What one sequence feeds in this step.
 
@@ -66,6 +82,8 @@ class PlanRow:
         pooling: what is wanted of the hidden states of the inputs.
         adapter: key of the adapter that the inputs go through; "": none.
         methods: of the request, as it chose them.
+        observer: watches the attention of the inputs, if any does.
+        compaction: what becomes of the slots after the step.
         num_quiet: so many of the inputs come before the first one that a token is drawn from.
     """
 
@@ -81,6 +99,8 @@ class PlanRow:
     adapter: str = ""
     methods: tuple[Method, ...] = ()
     num_quiet: int = 0
+    observer: SlotPolicy | None = None
+    compaction: Compaction | None = None
 
 
 @dataclass(slots=True)

@@ -76,6 +76,10 @@ class CacheAccounting:
             return []
         known = min(len(sequence.token_ids) - 1, request.num_shareable)
         limit = known // self.layout.block_size
+        if request.schedule is not None:
+            return self.tree.match_compacted(
+                request.profile, sequence.token_ids, known, request.schedule
+            )
         runs = self.tree.match(request.profile, sequence.token_ids, limit)
         return runs if self.layout.window is None else runs[: self._readable(runs)]
 
@@ -95,6 +99,12 @@ class CacheAccounting:
 
     def pages_to_admit(self, sequence: Sequence, runs: list[SealedRun]) -> int:
         """Pages that must be available to adopt ``runs`` and hold all known tokens."""
+        schedule = sequence.request.schedule
+        if schedule is not None:
+            most = self.layout.pages_for(schedule.most_slots(len(sequence.token_ids)))
+            idle = sum(len(run.pages) for run in runs if run.users == 0)
+            held = sum(len(run.pages) for run in runs)
+            return most * self._num_groups - held + idle
         new = self.layout.pages_for(len(sequence.token_ids)) - len(runs)
         policy = sequence.request.kv_policy
         if policy is not None:
@@ -113,6 +123,10 @@ class CacheAccounting:
         """Give a waiting sequence a table row and the runs that ``match`` found."""
         sequence.table_row = self._free_rows.pop()
         sequence.tail = []
+        if runs and runs[-1].tokens:
+            self._hold_compacted(sequence, runs[-1])
+            sequence.num_fed = sequence.next_position = runs[-1].tokens
+            return
         slots = len(runs) * self.layout.block_size
         sequence.num_passed = self._first_in_window(slots)
         for index, run in enumerate(runs):
@@ -130,6 +144,38 @@ class CacheAccounting:
         sequence.ordinals.append(sequence.num_sealed)
         sequence.num_sealed += 1
 
+    def _hold_compacted(self, sequence: Sequence, run: SealedRun) -> None:
+        """Let a run be all that the sequence has."""
+        self.tree.hold(run)
+        sequence.compacted = run
+        columns = self._columns_of(run)
+        sequence.num_slots = len(columns) * self.layout.block_size
+        self.tables[:, sequence.table_row, : len(columns)] = np.transpose(columns)
+
+    def _columns_of(self, run: SealedRun | None) -> list[list[int]]:
+        """The pages of a compacted run, one for each group at a time."""
+        if run is None:
+            return []
+        groups = self._num_groups
+        return [list(run.pages[i : i + groups]) for i in range(0, len(run.pages), groups)]
+
+    def _held_columns(self, sequence: Sequence) -> list[list[int]]:
+        """All pages of a sequence in the order of its slots, one for each group at a time."""
+        runs = [list(run.pages) for run in sequence.runs]
+        return [*self._columns_of(sequence.compacted), *runs, *sequence.tail]
+
+    def _num_columns(self, sequence: Sequence) -> int:
+        compacted = sequence.compacted
+        count = 0 if compacted is None else len(compacted.pages) // self._num_groups
+        return count + len(sequence.runs) + len(sequence.tail)
+
+    def _columns_to_compact(self, sequence: Sequence, count: int) -> int:
+        """Columns that are filled if the step ends with a compaction."""
+        schedule = sequence.request.schedule
+        if schedule is None or not schedule.is_due(sequence.num_fed + count):
+            return 0
+        return self.layout.pages_for(schedule.budget)
+
     def reserve(self, sequence: Sequence, count: int, plan: StepPlan) -> int:
         """Make up to ``count`` slots after the sequence's last writable; return how many.
 
@@ -138,15 +184,18 @@ class CacheAccounting:
         size, groups = self.layout.block_size, self._num_groups
         if groups == 0:
             return count
-        owned = len(sequence.runs) + len(sequence.tail)
+        owned = self._num_columns(sequence)
         room = owned * size - sequence.num_slots
         shared = room > 0 and any(self.pool.references[page] > 1 for page in sequence.tail[-1])
-        if room >= count and not shared:
+        filled = self._columns_to_compact(sequence, count)
+        if room >= count and not shared and not filled:
             return count
         affordable = self.num_available // groups - shared
-        if affordable < 0:
+        if filled and room + (affordable - filled) * size < count:
+            count, filled = count - 1, 0
+        if affordable < filled:
             return 0
-        count = min(count, room + affordable * size)
+        count = min(count, room + (affordable - filled) * size)
         if count == 0:
             return 0
         if shared:
@@ -158,6 +207,7 @@ class CacheAccounting:
             self.tables[:, sequence.table_row, owned : owned + new] = np.transpose(columns)
             if (sequence.num_slots + count) % size != 0:
                 plan.blank += columns[-1]
+        sequence.spare = self._take_columns(filled)
         return count
 
     def _take_columns(self, count: int) -> list[list[int]]:
@@ -174,7 +224,7 @@ class CacheAccounting:
 
     def _copy_on_write(self, sequence: Sequence, plan: StepPlan) -> None:
         """Replace the last, partly filled column by a copy that the sequence alone holds."""
-        last = len(sequence.runs) + len(sequence.tail) - 1
+        last = self._num_columns(sequence) - 1
         (column,) = self._take_columns(1)
         plan.copies += zip(sequence.tail[-1], column, strict=True)
         self._release_pages(sequence.tail[-1])
@@ -188,6 +238,9 @@ class CacheAccounting:
         are free.
         """
         size = self.layout.block_size
+        if sequence.compacted is not None:
+            self._compact(sequence)
+            return
         while (len(sequence.runs) + 1) * size <= sequence.num_slots:
             pages = tuple(sequence.tail.pop(0)) if self._num_groups else ()
             start = sequence.num_sealed * size
@@ -202,6 +255,32 @@ class CacheAccounting:
             self._append_run(sequence, run)
             self._release_pages(spare)
         self._pass(sequence)
+        self._compact(sequence)
+
+    def _compact(self, sequence: Sequence) -> None:
+        """If the step ended with a compaction, hold what it left, and nothing else."""
+        if not sequence.spare:
+            return
+        request, fed = sequence.request, sequence.num_fed
+        pages = tuple(page for column in sequence.spare for page in column)
+        parent, key = sequence.compacted, tuple[int, ...]()
+        if parent is None:
+            parent = sequence.runs[-1]
+        else:
+            key = tuple(sequence.token_ids[parent.tokens : fed])
+        if self._share and fed <= request.num_shareable:
+            run, unused = self.tree.insert(parent, key, pages, fed)
+        else:
+            run, unused = self.tree.new_run(pages, key, fed), []
+        before = sequence.compacted
+        self._hold_compacted(sequence, run)
+        self._release_pages(unused)
+        for column in sequence.tail:
+            self._release_pages(column)
+        for old in [*reversed(sequence.runs), *([before] if before else [])]:
+            self._release_pages(self.tree.drop_window(old))
+            self._release_pages(self.tree.drop(old))
+        sequence.runs, sequence.ordinals, sequence.tail, sequence.spare = [], [], [], []
 
     def _pass(self, sequence: Sequence) -> None:
         """Let go of pages that the sequence has behind its window."""
@@ -251,6 +330,9 @@ class CacheAccounting:
         for column in parent.tail:
             for page in column:
                 self.pool.retain(page)
+        if parent.compacted is not None:
+            self.tree.hold(parent.compacted)
+            child.compacted = parent.compacted
         if self.layout.states:
             self._state_copies.append((parent.table_row, child.table_row))
         child.runs = list(parent.runs)
@@ -275,8 +357,10 @@ class CacheAccounting:
 
     def release(self, sequence: Sequence) -> None:
         """Take back everything the sequence holds; its sealed runs stay in the tree, idle."""
-        for column in sequence.tail:
+        for column in [*sequence.tail, *sequence.spare]:
             self._release_pages(column)
+        if sequence.compacted is not None:
+            self._release_pages(self.tree.drop(sequence.compacted))
         for index in range(len(sequence.runs) - 1, -1, -1):
             run = sequence.runs[index]
             if index >= sequence.num_passed:
@@ -300,7 +384,9 @@ class CacheAccounting:
                 users[run] = users.get(run, 0) + 1
                 if self.layout.window is not None and index >= sequence.num_passed:
                     window_users[run] = window_users.get(run, 0) + 1
-            for column in sequence.tail:
+            if sequence.compacted is not None:
+                users[sequence.compacted] = users.get(sequence.compacted, 0) + 1
+            for column in [*sequence.tail, *sequence.spare]:
                 for page in column:
                     expected[page] += 1
         for run in {*users, *self.tree.runs()}:
@@ -318,7 +404,7 @@ class CacheAccounting:
         name = f"sequence {sequence.number}"
         if len(sequence.ordinals) != len(sequence.runs):
             raise AssertionError(f"{name}: its runs are not numbered")
-        held = [*(list(run.pages) for run in sequence.runs), *sequence.tail]
+        held = self._held_columns(sequence)
         for column in held[: sequence.num_passed]:
             for group in self._windowed.tolist():
                 column[group] = 0

@@ -165,7 +165,9 @@ class Engine:
             self.clock.now(),
             boundaries,
             pooling,
+            self.scheduler.accounting.layout.block_size,
         )
+        self._check_schedule(request)
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         ends = params.stop_ids + (() if params.ignore_eos else self.limits.eos_token_ids)
         for index in range(params.n):
@@ -184,6 +186,21 @@ class Engine:
                 self._finish(sequence, self._update(sequence, []), "length")
         else:
             self.scheduler.enqueue(request.sequences[0])
+
+    def _check_schedule(self, request: Request) -> None:
+        """Raise InvalidRequestError if compactions need more pages than there are."""
+        schedule, accounting = request.schedule, self.scheduler.accounting
+        if schedule is None:
+            return
+        slots = schedule.most_slots(len(request.prompt_token_ids) + request.max_tokens)
+        # One more column: of sequences that parted, the last one is copied.
+        needed = (accounting.layout.pages_for(slots) + 1) * len(accounting.layout.groups)
+        if needed > accounting.pool.num_pages:
+            raise InvalidRequestError(
+                "methods",
+                f"reducing slots takes up to {needed} pages at once, and there are "
+                f"{accounting.pool.num_pages}; lower the budget or raise kv_cache_memory_bytes",
+            )
 
     @property
     def queue_is_full(self) -> bool:

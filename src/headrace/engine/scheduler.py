@@ -5,8 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
+import numpy as np
+
 from headrace.contracts.scheduling import SchedulerPolicy, StepBudget
-from headrace.contracts.step import PlanRow, SampleState, StepPlan
+from headrace.contracts.step import Compaction, PlanRow, SampleState, StepPlan
 from headrace.engine.cache_accounting import CacheAccounting
 from headrace.engine.sequence import Sequence, Status
 
@@ -98,7 +100,7 @@ class Scheduler:
 
     def _schedule(self, sequence: Sequence, most: int, plan: StepPlan) -> int:
         """Plan up to ``most`` pending inputs of a running sequence, preempting if it must."""
-        wanted = min(most, sequence.num_feedable)
+        request, wanted = sequence.request, min(most, sequence.num_feedable)
         if wanted == 0:
             return 0
         while (count := self.accounting.reserve(sequence, wanted, plan)) == 0:
@@ -107,6 +109,8 @@ class Scheduler:
             if victim is sequence:
                 return 0
         plan.rows.append(plan_row(sequence, count))
+        if request.schedule is not None:
+            note_compaction(plan.rows[-1], sequence)
         return count
 
     def preempt(self, sequence: Sequence) -> None:
@@ -211,3 +215,14 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
         methods=request.profile.methods,
         num_quiet=min(count, max(0, len(request.prompt_token_ids) - 1 - start)),
     )
+
+
+def note_compaction(row: PlanRow, sequence: Sequence) -> None:
+    """Say what the policy of slots does in the row's step."""
+    policy, schedule = sequence.request.slot_policy, sequence.request.schedule
+    assert policy is not None and schedule is not None
+    if schedule.observes(sequence.num_fed):
+        row.observer = policy
+    if sequence.spare:
+        pages = np.array(sequence.spare, dtype=np.int32).T
+        row.compaction = Compaction(policy, schedule.budget, pages)

@@ -13,6 +13,7 @@ from headrace.contracts.method import of_kind
 from headrace.contracts.outputs import RequestMetrics, TokenLogprobs
 from headrace.contracts.profile import Profile
 from headrace.contracts.sampling import SamplingParams
+from headrace.contracts.slot_policy import CompactionSchedule, SlotPolicy
 from headrace.contracts.step import Pooling, SampleState
 from headrace.contracts.text import TextStream
 from headrace.engine.prefix_tree import SealedRun
@@ -36,7 +37,7 @@ class Request:
     ``boundaries`` are counts of prompt tokens, ascending: what lies behind one is fed in a later
     step than what lies before it. With ``pooling``, nothing is generated: ``pooled`` gathers what
     makes the embedding. Of each sequence, the first ``num_shareable`` tokens have KV that others
-    may share; ``kv_policy`` decides what it keeps.
+    may share; ``kv_policy`` or ``slot_policy``, with its ``schedule``, decide what it keeps.
     """
 
     __slots__ = (
@@ -53,7 +54,9 @@ class Request:
         "prompt_logprobs",
         "prompt_token_ids",
         "request_id",
+        "schedule",
         "sequences",
+        "slot_policy",
         "unfinished",
     )
 
@@ -68,6 +71,7 @@ class Request:
         arrival_time: float,
         boundaries: tuple[int, ...] = (),
         pooling: Pooling | None = None,
+        block_size: int = 1,
     ) -> None:
         self.request_id = request_id
         self.boundaries = boundaries
@@ -79,6 +83,10 @@ class Request:
         self.priority = priority
         self.profile = profile
         self.kv_policy = next(iter(of_kind(profile.methods, KVPolicy)), None)
+        self.slot_policy = next(iter(of_kind(profile.methods, SlotPolicy)), None)
+        self.schedule: CompactionSchedule | None = None
+        if self.slot_policy is not None:
+            self.schedule = self.slot_policy.schedule(block_size)
         shared = profile.shared_tokens(len(prompt_token_ids))
         self.num_shareable = sys.maxsize if shared is None else shared
         self.metrics = RequestMetrics(arrival_time)
@@ -122,11 +130,13 @@ class Sequence:
     position ``next_position``. KV lies in ``runs`` (sealed) followed by ``tail`` (columns of
     writable pages, one page per cache group). ``num_sealed`` runs there have been, of which those
     with ``ordinals`` are left; of the first ``num_passed`` the sequence no longer holds the pages
-    with a window.
+    with a window. Where slots have been reduced, ``compacted`` comes in place of the runs, and
+    ``spare`` columns are what the compaction of this step fills.
     """
 
     __slots__ = (
         "arrival",
+        "compacted",
         "index",
         "next_position",
         "num_fed",
@@ -137,6 +147,7 @@ class Sequence:
         "ordinals",
         "request",
         "runs",
+        "spare",
         "state",
         "status",
         "table_row",
@@ -165,6 +176,8 @@ class Sequence:
         self.runs: list[SealedRun] = []
         self.ordinals: list[int] = []
         self.tail: list[list[int]] = []
+        self.compacted: SealedRun | None = None
+        self.spare: list[list[int]] = []
         self.num_fed = self.num_slots = self.next_position = 0
         self.num_sealed = self.num_passed = 0
 
@@ -180,11 +193,15 @@ class Sequence:
 
     @property
     def num_feedable(self) -> int:
-        """Pending tokens that one step may feed: those up to the next boundary."""
+        """Pending tokens that one step may feed: those up to the next boundary or compaction."""
+        end = len(self.token_ids)
         for boundary in self.request.boundaries:
             if boundary > self.num_fed:
-                return boundary - self.num_fed
-        return self.num_pending
+                end = boundary
+                break
+        if self.request.schedule is not None:
+            end = min(end, self.request.schedule.next_stop(self.num_fed))
+        return end - self.num_fed
 
     def forget_cache(self) -> None:
         """All known tokens are pending again; the caller has released runs and tail."""
@@ -192,5 +209,7 @@ class Sequence:
         self.runs = []
         self.ordinals = []
         self.tail = []
+        self.compacted = None
+        self.spare = []
         self.num_fed = self.num_slots = self.next_position = 0
         self.num_sealed = self.num_passed = 0
