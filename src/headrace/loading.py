@@ -10,7 +10,8 @@ from typing import Any
 
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheLayout, layout_of
-from headrace.contracts.method import ModelFacts
+from headrace.contracts.method import ModelFacts, of_kind
+from headrace.contracts.slot_policy import SlotPolicy
 from headrace.embedding import EmbeddingSettings
 from headrace.engine.clock import MonotonicClock
 from headrace.engine.compose import compose_engine, fit_context, shares_prefixes
@@ -18,6 +19,7 @@ from headrace.engine.engine import Engine, EngineLimits
 from headrace.errors import ConfigurationError
 from headrace.exec.runner import LocalRunner, trace_shapes
 from headrace.exec.sampling.sampler import Sampler
+from headrace.exec.slot_statistics import SlotStatistics
 from headrace.kv.arena import KVArena
 from headrace.methods import MethodSet, configured_methods
 from headrace.model_files import ModelFiles, open_model, read_tokenizer
@@ -139,7 +141,8 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     sampler = Sampler(selection=ops.selection)
     arena = KVArena(layout, num_pages, device.name, config.max_num_seqs)
     methods.open_taps(lambda: trace_shapes(model, arena, ops), ops)
-    runner = LocalRunner(model, arena, ops, sampler, loader.bank.routes, methods.taps)
+    statistics = make_statistics(methods, arena, context, config.max_num_seqs)
+    runner = LocalRunner(model, arena, ops, sampler, loader.bank.routes, methods.taps, statistics)
     generation = files.generation
     limits = EngineLimits(
         max_model_len=context,
@@ -176,6 +179,17 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     return LoadedEngine(
         engine, tokenizer, info, _sampling_defaults(generation), pooling, loader.bank, methods
     )
+
+
+def make_statistics(
+    methods: MethodSet, arena: KVArena, context: int, num_rows: int
+) -> SlotStatistics | None:
+    """What policies of slots need beside the arena; ``None`` without such."""
+    found = of_kind(methods.methods, SlotPolicy)
+    if not found:
+        return None
+    schedules = [policy.schedule(arena.layout.block_size) for policy in found]
+    return SlotStatistics(arena, num_rows, max(each.most_slots(context) for each in schedules))
 
 
 def find_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer:

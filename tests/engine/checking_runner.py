@@ -232,9 +232,11 @@ class CheckingRunner(Runner):
 
     def _copy_states(self, plan: StepPlan) -> None:
         """The states of sequences that parted, whether or not they are in the plan."""
-        require(self._has_states or not plan.state_copies, "there are no states to copy", plan)
+        observed = {s.table_row for s in self._engine.scheduler.running if s.request.schedule}
         for source, target in plan.state_copies:
-            self._states[target] = self._states[source]
+            require(self._has_states or target in observed, "there are no states to copy", plan)
+            if self._has_states:
+                self._states[target] = self._states[source]
 
     def _advance_state(self, row: PlanRow, sequence: Sequence, known: list[History]) -> None:
         """The state has to be what the row has fed so far; it goes on with the step's inputs."""
@@ -397,6 +399,10 @@ class CheckingRunner(Runner):
         require(row.adapter == request.profile.adapter, "a wrong adapter", row)
         require(row.methods == request.profile.methods, "wrong methods", row)
         quiet = sum(i < len(request.prompt_token_ids) - 1 for i in range(start, end))
+        begins = self._fed.get(sequence.number) != start and sequence.num_adopted >= 0
+        # One that was preempted may have found in the cache all that it had fed before.
+        again = row.first and request.metrics.num_preemptions > 0
+        require(row.first == begins or again, "a row is not what it begins as", row)
         require(row.num_quiet == quiet, "wrong inputs count as drawn from", row)
         whole = start == 0 and end == len(known)
         require(self._causal or whole, "a part of a prompt", row)

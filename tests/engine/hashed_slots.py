@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from headrace.contracts.method import MethodCard, Property
 from headrace.contracts.slot_policy import CompactionSchedule, SlotPolicy
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,12 @@ class HashedSlots(SlotPolicy):
     def schedule(self, block_size: int) -> CompactionSchedule:
         budget, interval = (-(-x // block_size) * block_size for x in (self.budget, self.interval))
         return CompactionSchedule(budget, interval, self.window)
+
+    def observe(self, known: Tensor, sums: Tensor, queries: int) -> None:
+        raise NotImplementedError("there are no tensors in simulations")
+
+    def rank(self, known: Tensor) -> Tensor:
+        raise NotImplementedError("there are no tensors in simulations")
 
     @staticmethod
     def choose(history: int, group: int, slots: Sequence[int], count: int) -> list[int]:

@@ -35,7 +35,7 @@ FAULTS = ("early", "submit", "collect", "interrupt", "rows")
 def is_composable(setup: Setup) -> bool:
     """Whether a model would be loaded so: a policy decides on all pages of a sequence."""
     whole = setup.windows.count(None) == len(setup.windows) > 0 and not setup.states
-    return setup.causal and (whole or not setup.policies) or (whole and not setup.policies)
+    return (setup.causal and (whole or not setup.policies)) or (whole and not setup.policies)
 
 
 setups = st.builds(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from headrace.contracts.method import Method, ModelFacts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +85,25 @@ class SlotPolicy(Method):
     @abstractmethod
     def schedule(self, block_size: int) -> CompactionSchedule:
         """When slots are reduced; ``budget`` and ``interval`` are multiples of ``block_size``."""
+
+    @abstractmethod
+    def observe(self, known: Tensor, sums: Tensor, queries: int) -> None:
+        """Take note of attention.
+
+        Args:
+            known: fp32 ``[kv_heads, slots]``: a number for each slot of a sequence in a layer, to
+                be changed; zero at first.
+            sums: fp32 ``[kv_heads, slots]``: the attention that each got from ``queries`` inputs
+                and the query heads of its KV head together.
+        """
+
+    @abstractmethod
+    def rank(self, known: Tensor) -> Tensor:
+        """fp32 ``[kv_heads, slots]``: those with the highest stay. Slots are in order of age."""
+
+    def carry(self, known: Tensor) -> Tensor:
+        """What is known afterwards of the slots that stay, ``[kv_heads, budget]``: nothing.
+
+        Where something is, ``shared_tokens`` must be 0: it is not kept beside shared pages.
+        """
+        return known * 0

@@ -82,6 +82,7 @@ class PlanRow:
         pooling: what is wanted of the hidden states of the inputs.
         adapter: key of the adapter that the inputs go through; "": none.
         methods: of the request, as it chose them.
+        first: nothing has been fed since the sequence got its table row.
         observer: watches the attention of the inputs, if any does.
         compaction: what becomes of the slots after the step.
         num_quiet: so many of the inputs come before the first one that a token is drawn from.
@@ -99,6 +100,7 @@ class PlanRow:
     adapter: str = ""
     methods: tuple[Method, ...] = ()
     num_quiet: int = 0
+    first: bool = False
     observer: SlotPolicy | None = None
     compaction: Compaction | None = None
 

@@ -125,13 +125,14 @@ class CacheAccounting:
         sequence.tail = []
         if runs and runs[-1].tokens:
             self._hold_compacted(sequence, runs[-1])
-            sequence.num_fed = sequence.next_position = runs[-1].tokens
+            sequence.num_fed = sequence.next_position = sequence.num_adopted = runs[-1].tokens
             return
         slots = len(runs) * self.layout.block_size
         sequence.num_passed = self._first_in_window(slots)
         for index, run in enumerate(runs):
             self._append_run(sequence, run, index >= sequence.num_passed)
         sequence.num_fed = sequence.num_slots = sequence.next_position = slots
+        sequence.num_adopted = slots
 
     def _append_run(self, sequence: Sequence, run: SealedRun, in_window: bool = True) -> None:
         self.tree.hold(run)
@@ -333,13 +334,13 @@ class CacheAccounting:
         if parent.compacted is not None:
             self.tree.hold(parent.compacted)
             child.compacted = parent.compacted
-        if self.layout.states:
+        if self.layout.states or parent.request.slot_policy is not None:
             self._state_copies.append((parent.table_row, child.table_row))
         child.runs = list(parent.runs)
         child.ordinals = list(parent.ordinals)
         child.num_sealed, child.num_passed = parent.num_sealed, parent.num_passed
         child.tail = [list(column) for column in parent.tail]
-        child.num_fed = parent.num_fed
+        child.num_fed, child.num_adopted = parent.num_fed, -1
         child.num_slots = parent.num_slots
         child.next_position = parent.next_position
 

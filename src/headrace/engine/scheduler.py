@@ -213,6 +213,7 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
         pooling=request.pooling,
         adapter=request.profile.adapter,
         methods=request.profile.methods,
+        first=start == sequence.num_adopted,
         num_quiet=min(count, max(0, len(request.prompt_token_ids) - 1 - start)),
     )
 

@@ -127,11 +127,12 @@ class Sequence:
 
     Three counters that may differ once methods drop, inject or move tokens: ``num_fed`` known
     tokens have been given to the model, they take ``num_slots`` KV slots, and the next input has
-    position ``next_position``. KV lies in ``runs`` (sealed) followed by ``tail`` (columns of
-    writable pages, one page per cache group). ``num_sealed`` runs there have been, of which those
-    with ``ordinals`` are left; of the first ``num_passed`` the sequence no longer holds the pages
-    with a window. Where slots have been reduced, ``compacted`` comes in place of the runs, and
-    ``spare`` columns are what the compaction of this step fills.
+    position ``next_position``; ``num_adopted`` were found in the cache when it was admitted (-1:
+    it goes on where another sequence was). KV lies in ``runs`` (sealed) followed by ``tail``
+    (columns of writable pages, one page per cache group). ``num_sealed`` runs there have been, of
+    which those with ``ordinals`` are left; of the first ``num_passed`` the sequence no longer holds
+    the pages with a window. Where slots have been reduced, ``compacted`` comes in place of the
+    runs, and ``spare`` columns are what the compaction of this step fills.
     """
 
     __slots__ = (
@@ -139,6 +140,7 @@ class Sequence:
         "compacted",
         "index",
         "next_position",
+        "num_adopted",
         "num_fed",
         "num_passed",
         "num_sealed",
@@ -180,6 +182,7 @@ class Sequence:
         self.spare: list[list[int]] = []
         self.num_fed = self.num_slots = self.next_position = 0
         self.num_sealed = self.num_passed = 0
+        self.num_adopted = -1
 
     @property
     def priority(self) -> int:

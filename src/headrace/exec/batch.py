@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow
+from headrace.exec.slot_statistics import ObservedRow
 from headrace.exec.taps import TappedRows
 from headrace.kv.arena import KVArena
 from headrace.ops.paged import StepShape
@@ -29,6 +30,8 @@ class ForwardBatch:
         attention: one plan per cache group.
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
         tapped: name of a method with a tap -> the inputs that it is for.
+        observed: the rows whose attention is noted.
+        score_slots: slots of the contexts of all rows together.
     """
 
     input_ids: Tensor
@@ -37,6 +40,8 @@ class ForwardBatch:
     attention: list[Any]
     adapted: Sequence[tuple[str, Tensor]]
     tapped: Mapping[str, Sequence[TappedRows[Any]]]
+    observed: Sequence[ObservedRow]
+    score_slots: int
 
 
 class BatchBuilder:
@@ -83,7 +88,16 @@ class BatchBuilder:
             plans.append(self._ops.attention.plan(shape, plane))
         spans = RowSpans(lengths.tolist(), used)
         ids_of, places = self._tensor(ids), self._tensor(positions)
-        return ForwardBatch(ids_of, places, spans, plans, self._adapted(rows), self._tapped(rows))
+        return ForwardBatch(
+            ids_of,
+            places,
+            spans,
+            plans,
+            self._adapted(rows),
+            self._tapped(rows),
+            _observed(rows),
+            int((past + lengths).sum()),
+        )
 
     def _adapted(self, rows: Sequence[PlanRow]) -> list[tuple[str, Tensor]]:
         """The inputs that go through adapters, by adapter."""
@@ -119,6 +133,18 @@ class BatchBuilder:
         return torch.from_numpy(array).to(self._ops.device, non_blocking=True)
 
 
+def _observed(rows: Sequence[PlanRow]) -> list[ObservedRow]:
+    """The rows whose attention is noted, with their places in the score sums."""
+    found, start = [], 0
+    for row in rows:
+        slots = row.slot + len(row.input_ids)
+        if row.observer is not None:
+            seen = ObservedRow(row.observer, row.table_row, start, slots, len(row.input_ids))
+            found.append(seen)
+        start += slots
+    return found
+
+
 def _single_input(row: PlanRow, index: int) -> PlanRow:
     """The row reduced to its ``index``-th input; earlier inputs are its past by then."""
     return PlanRow(
@@ -130,4 +156,5 @@ def _single_input(row: PlanRow, index: int) -> PlanRow:
         adapter=row.adapter,
         methods=row.methods,
         num_quiet=int(index < row.num_quiet),
+        observer=row.observer,
     )

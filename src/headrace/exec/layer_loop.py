@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.contracts.step import Pooling
 from headrace.exec.batch import ForwardBatch
+from headrace.exec.slot_statistics import SlotStatistics
 from headrace.exec.taps import Site, Tap
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
@@ -23,7 +24,14 @@ from headrace.ops.table import Ops
 class LayerContext:
     """The ``AttentionContext`` of one micro-batch."""
 
-    def __init__(self, batch: ForwardBatch, arena: KVArena, ops: Ops) -> None:
+    def __init__(
+        self,
+        batch: ForwardBatch,
+        arena: KVArena,
+        ops: Ops,
+        statistics: SlotStatistics | None = None,
+    ) -> None:
+        self._statistics = statistics
         self.rows = batch.rows
         self._batch = batch
         self._arena = arena
@@ -42,6 +50,9 @@ class LayerContext:
     ) -> Tensor:
         """See ``AttentionContext``."""
         cos, sin = self.angles(rotary)
+        sums = None
+        if self._batch.observed:
+            sums = torch.empty(k.shape[1], self._batch.score_slots, device=q.device)
         out, lse = self._ops.attention.attend(
             q,
             k,
@@ -51,7 +62,11 @@ class LayerContext:
             self._arena.cache(layer),
             spec,
             self._batch.attention[self._arena.group_of(layer)],
+            sums,
         )
+        if sums is not None:
+            assert self._statistics is not None
+            self._statistics.note(layer, sums, self._batch.observed)
         if sinks is not None:
             out = add_sinks(out, lse, sinks)
         return out.flatten(1)
@@ -75,9 +90,14 @@ class TappedContext(LayerContext):
     """The context of a micro-batch with rows whose methods have taps."""
 
     def __init__(
-        self, batch: ForwardBatch, arena: KVArena, ops: Ops, taps: Mapping[str, Tap[Any]]
+        self,
+        batch: ForwardBatch,
+        arena: KVArena,
+        ops: Ops,
+        taps: Mapping[str, Tap[Any]],
+        statistics: SlotStatistics | None = None,
     ) -> None:
-        super().__init__(batch, arena, ops)
+        super().__init__(batch, arena, ops, statistics)
         self._taps = [
             (tap, batch.tapped[name]) for name, tap in taps.items() if name in batch.tapped
         ]
@@ -119,7 +139,9 @@ class LayerLoop:
         ops: Ops,
         routes: AdapterRoutes,
         taps: Mapping[str, Tap[Any]],
+        statistics: SlotStatistics | None = None,
     ) -> None:
+        self._statistics = statistics
         self._routes = routes
         self._taps = taps
         self._model = model
@@ -133,9 +155,11 @@ class LayerLoop:
 
     def _run_layers(self, batch: ForwardBatch) -> Tensor:
         if batch.tapped:
-            context: LayerContext = TappedContext(batch, self._arena, self._ops, self._taps)
+            context: LayerContext = TappedContext(
+                batch, self._arena, self._ops, self._taps, self._statistics
+            )
         else:
-            context = LayerContext(batch, self._arena, self._ops)
+            context = LayerContext(batch, self._arena, self._ops, self._statistics)
         self._routes.rows = batch.adapted
         hidden = self._model.embed(batch.input_ids, batch.positions)
         for index, layer in enumerate(self._model.layers):

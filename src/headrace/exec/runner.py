@@ -23,6 +23,7 @@ from headrace.contracts.step import (
 from headrace.exec.batch import BatchBuilder
 from headrace.exec.layer_loop import LayerLoop
 from headrace.exec.sampling.sampler import Sampler, token_logprobs
+from headrace.exec.slot_statistics import SlotStatistics
 from headrace.exec.taps import SITES, ShapeTap, Site, SiteShapes, Tap
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
@@ -57,11 +58,13 @@ class LocalRunner(Runner):
         sampler: Sampler,
         routes: AdapterRoutes | None = None,
         taps: Mapping[str, Tap[Any]] | None = None,
+        statistics: SlotStatistics | None = None,
     ) -> None:
+        self._statistics = statistics
         self.arena = arena
         self.sampler = sampler
         self._ops = ops
-        self._loop = LayerLoop(model, arena, ops, routes or AdapterRoutes(), taps or {})
+        self._loop = LayerLoop(model, arena, ops, routes or AdapterRoutes(), taps or {}, statistics)
         self._builder = BatchBuilder(arena, ops, model.causal, (taps or {}).keys())
         self._results: dict[Ticket, StepResult] = {}
         self._tickets = 0
@@ -82,10 +85,14 @@ class LocalRunner(Runner):
         self.arena.blank_pages(plan.blank)
         self.arena.copy_states(plan.state_copies)
         self.arena.clear_states([row.table_row for row in plan.rows if row.slot == 0])
+        if self._statistics is not None:
+            self._statistics.copy(plan.state_copies)
+            self._statistics.clear([row.table_row for row in plan.rows if row.first])
         batches = self._builder.build(plan.rows, tables)
         marks.append(time.perf_counter())
         hidden = self._loop.run(batches)
         results = [RowResult() for _ in plan.rows]
+        self._compact(plan, tables)
         logits = self._last_logits(plan, hidden)
         marks.append(time.perf_counter())
         if logits is not None:
@@ -96,6 +103,13 @@ class LocalRunner(Runner):
         names = ("batch", "forward", "sample")
         spans = zip(names, marks, marks[1:], strict=False)
         return StepResult(results, {name: end - start for name, start, end in spans})
+
+    def _compact(self, plan: StepPlan, tables: PageTables) -> None:
+        """Reduce the slots of the rows for which that is due."""
+        for row in plan.rows:
+            if row.compaction is not None:
+                assert self._statistics is not None
+                self._statistics.compact(row, row.compaction, tables)
 
     def _last_logits(self, plan: StepPlan, hidden: Tensor) -> Tensor | None:
         """Logits after the last input of every row that samples."""

@@ -97,6 +97,17 @@ class KVArena:
             pairs = torch.tensor(copies, device=self.pages.device)
             self.pages[pairs[:, 1]] = self.pages[pairs[:, 0]]
 
+    def move_slots(self, layer: int, source: Tensor, kept: Tensor, target: Tensor) -> None:
+        """Copy slots of a layer to other pages, of every head others.
+
+        Args:
+            source, target: int64 ``[n]`` and ``[m]``: pages, of which none is in both.
+            kept: int64 ``[heads, m * block_size]``: slots of ``source``, in their new order.
+        """
+        for (owner, _), plane in self._planes.items():
+            if owner == layer:
+                plane.move(source, kept, target)
+
     def blank_pages(self, pages: Sequence[int]) -> None:
         """Zero pages, so that slots which are not written yet read as zeros."""
         for page in pages:
