@@ -167,6 +167,7 @@ class CheckingRunner(Runner):
         self._groups = range(len(layout.groups))
         self._states: dict[int, History] = {}
         self._has_states = bool(layout.states)
+        self._has_schedules = False
         self._pages = [[POISON] * self._size for _ in range(engine.stats().pages_total)]
         self._fed: dict[int, int] = {}
         self._resumed: dict[str, int] = {}
@@ -177,6 +178,7 @@ class CheckingRunner(Runner):
     def submit(self, plan: StepPlan, tables: PageTables) -> Ticket:
         fault, self.fault = self.fault, None
         running = {s.number: s for s in self._engine.scheduler.running}
+        self._has_schedules |= any(s.request.schedule is not None for s in running.values())
         self._check_plan(plan, running)
         failing = self._failing_rows(plan, fault)
         if fault is not None:
@@ -232,9 +234,8 @@ class CheckingRunner(Runner):
 
     def _copy_states(self, plan: StepPlan) -> None:
         """The states of sequences that parted, whether or not they are in the plan."""
-        observed = {s.table_row for s in self._engine.scheduler.running if s.request.schedule}
         for source, target in plan.state_copies:
-            require(self._has_states or target in observed, "there are no states to copy", plan)
+            require(self._has_states or self._has_schedules, "there are no states to copy", plan)
             if self._has_states:
                 self._states[target] = self._states[source]
 
