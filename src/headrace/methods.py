@@ -13,12 +13,16 @@ from typing import Any, get_type_hints
 from headrace.config import FULL, EngineConfig
 from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.method import Method, ModelFacts, conflict, of_kind
+from headrace.contracts.slot_policy import SlotPolicy
 from headrace.errors import ConfigurationError, InvalidRequestError
 from headrace.exec.taps import SiteShapes, Tap, TapMethod
 from headrace.ops.table import Ops
 
 ROOMS = ("headrace.kv.policies", "headrace.exec.steering")
 """Packages in which every module is a method, named as it is."""
+
+CACHE_KINDS: tuple[type[Method], ...] = (KVPolicy, SlotPolicy)
+"""Kinds that decide what stays in the KV cache."""
 
 Choice = Mapping[str, Mapping[str, Any]]
 """Name of a method -> the options that a request sets for itself."""
@@ -95,7 +99,7 @@ def configured_methods(config: EngineConfig) -> list[Method]:
     if config.kv == FULL:
         return [make_method(text) for text in config.methods]
     policy = make_method(config.kv)
-    if not of_kind([policy], KVPolicy):
+    if not any(of_kind([policy], kind) for kind in CACHE_KINDS):
         raise ConfigurationError(
             f"kv: {policy.name()} does not decide what stays in the KV cache; use --method"
         )

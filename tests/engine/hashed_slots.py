@@ -33,7 +33,7 @@ class HashedSlots(SlotPolicy):
         budget, interval = (-(-x // block_size) * block_size for x in (self.budget, self.interval))
         return CompactionSchedule(budget, interval, self.window)
 
-    def observe(self, known: Tensor, sums: Tensor, queries: int) -> None:
+    def observe(self, known: Tensor, weights: Tensor, past: int) -> None:
         raise NotImplementedError("there are no tensors in simulations")
 
     def rank(self, known: Tensor) -> Tensor:

@@ -87,14 +87,15 @@ class SlotPolicy(Method):
         """When slots are reduced; ``budget`` and ``interval`` are multiples of ``block_size``."""
 
     @abstractmethod
-    def observe(self, known: Tensor, sums: Tensor, queries: int) -> None:
-        """Take note of attention.
+    def observe(self, known: Tensor, weights: Tensor, past: int) -> None:
+        """Take note of attention: of each query for itself, since they come in any parts.
 
         Args:
             known: fp32 ``[kv_heads, slots]``: a number for each slot of a sequence in a layer, to
                 be changed; zero at first.
-            sums: fp32 ``[kv_heads, slots]``: the attention that each got from ``queries`` inputs
-                and the query heads of its KV head together.
+            weights: fp32 ``[kv_heads, heads / kv_heads, queries, slots]``: the probabilities that
+                consecutive queries gave to the slots.
+            past: slots before the first query's own.
         """
 
     @abstractmethod

@@ -31,7 +31,6 @@ class ForwardBatch:
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
         tapped: name of a method with a tap -> the inputs that it is for.
         observed: the rows whose attention is noted.
-        score_slots: slots of the contexts of all rows together.
     """
 
     input_ids: Tensor
@@ -41,7 +40,6 @@ class ForwardBatch:
     adapted: Sequence[tuple[str, Tensor]]
     tapped: Mapping[str, Sequence[TappedRows[Any]]]
     observed: Sequence[ObservedRow]
-    score_slots: int
 
 
 class BatchBuilder:
@@ -95,8 +93,7 @@ class BatchBuilder:
             plans,
             self._adapted(rows),
             self._tapped(rows),
-            _observed(rows),
-            int((past + lengths).sum()),
+            self._observed(rows, tables),
         )
 
     def _adapted(self, rows: Sequence[PlanRow]) -> list[tuple[str, Tensor]]:
@@ -128,21 +125,26 @@ class BatchBuilder:
             tapped.setdefault(method.name(), []).append(part)
         return tapped
 
+    def _observed(self, rows: Sequence[PlanRow], tables: PageTables) -> list[ObservedRow]:
+        """The rows whose attention is noted."""
+        found, start = [], 0
+        for row in rows:
+            count = len(row.input_ids)
+            if row.observer is not None:
+                columns = self._arena.layout.pages_for(row.slot + count)
+                pages = [
+                    self._tensor(tables[group, row.table_row, :columns].tolist())
+                    for group in self._groups
+                ]
+                found.append(
+                    ObservedRow(row.observer, row.table_row, start, count, row.slot, pages)
+                )
+            start += count
+        return found
+
     def _tensor(self, values: list[int]) -> Tensor:
         array = np.array(values, dtype=np.int64)
         return torch.from_numpy(array).to(self._ops.device, non_blocking=True)
-
-
-def _observed(rows: Sequence[PlanRow]) -> list[ObservedRow]:
-    """The rows whose attention is noted, with their places in the score sums."""
-    found, start = [], 0
-    for row in rows:
-        slots = row.slot + len(row.input_ids)
-        if row.observer is not None:
-            seen = ObservedRow(row.observer, row.table_row, start, slots, len(row.input_ids))
-            found.append(seen)
-        start += slots
-    return found
 
 
 def _single_input(row: PlanRow, index: int) -> PlanRow:

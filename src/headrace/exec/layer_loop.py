@@ -17,7 +17,7 @@ from headrace.models.base import DecoderModel
 from headrace.models.layers.rotary import RotaryEmbedding
 from headrace.ops.adapted_linear import AdapterRoutes
 from headrace.ops.paged import AttentionSpec
-from headrace.ops.reference import add_sinks
+from headrace.ops.reference import add_sinks, rotate
 from headrace.ops.table import Ops
 
 
@@ -50,9 +50,6 @@ class LayerContext:
     ) -> Tensor:
         """See ``AttentionContext``."""
         cos, sin = self.angles(rotary)
-        sums = None
-        if self._batch.observed:
-            sums = torch.empty(k.shape[1], self._batch.score_slots, device=q.device)
         out, lse = self._ops.attention.attend(
             q,
             k,
@@ -62,11 +59,12 @@ class LayerContext:
             self._arena.cache(layer),
             spec,
             self._batch.attention[self._arena.group_of(layer)],
-            sums,
         )
-        if sums is not None:
+        for row in self._batch.observed:
             assert self._statistics is not None
-            self._statistics.note(layer, sums, self._batch.observed)
+            inputs = slice(row.start, row.start + row.queries)
+            turned = rotate(q[inputs], cos[inputs], sin[inputs])
+            self._statistics.note(layer, turned, lse[inputs], spec, row)
         if sinks is not None:
             out = add_sinks(out, lse, sinks)
         return out.flatten(1)

@@ -11,6 +11,8 @@ from torch import Tensor
 from headrace.contracts.slot_policy import SlotPolicy
 from headrace.contracts.step import Compaction, PageTables, PlanRow
 from headrace.kv.arena import KVArena
+from headrace.ops.paged import AttentionSpec
+from headrace.ops.probe import attention_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +20,17 @@ class ObservedRow:
     """A row of a micro-batch whose attention is noted.
 
     Args:
-        start: where its slots begin in the score sums of a layer.
-        slots: of its context; queries: of its inputs.
+        start, queries: its inputs in the micro-batch.
+        past: slots before them.
+        pages: of each cache group, int64: those of its slots.
     """
 
     policy: SlotPolicy
     table_row: int
     start: int
-    slots: int
     queries: int
+    past: int
+    pages: Sequence[Tensor]
 
 
 class SlotStatistics:
@@ -45,11 +49,19 @@ class SlotStatistics:
             for layer in group.layers
         }
 
-    def note(self, layer: int, sums: Tensor, rows: Sequence[ObservedRow]) -> None:
-        """Let the policies of rows take note of the score sums ``[kv_heads, S]`` of a layer."""
-        for row in rows:
-            known = self._layers[layer][row.table_row, :, : row.slots]
-            row.policy.observe(known, sums[:, row.start : row.start + row.slots], row.queries)
+    def note(
+        self, layer: int, q: Tensor, lse: Tensor, spec: AttentionSpec, row: ObservedRow
+    ) -> None:
+        """Let a row's policy take note of what it attended to in a layer.
+
+        Args:
+            q: ``[T, heads, width]`` of its inputs, rotated; lse: ``[T, heads]``.
+        """
+        keys = self._arena.cache(layer).keys
+        pages = row.pages[self._arena.group_of(layer)]
+        known = self._layers[layer][row.table_row, :, : row.past + row.queries]
+        for first, weights in attention_weights(q, lse, keys, pages, row.past, spec):
+            row.policy.observe(known, weights, row.past + first)
 
     def clear(self, rows: Sequence[int]) -> None:
         """Forget what is known of table rows."""

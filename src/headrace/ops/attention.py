@@ -261,6 +261,8 @@ class PagedAttention(Attention[PagedPlan]):
         plan: PagedPlan,
         score_sums: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        if score_sums is not None:
+            raise ValueError("attention on dense kernels does not sum scores")
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k = _store(cache.keys, plan, k)
         width = spec.value_width
@@ -268,20 +270,7 @@ class PagedAttention(Attention[PagedPlan]):
         if spec.window not in plan.by_window:
             arranged = self._arrange(plan.shape, cache.keys.block_size, spec.window)
             plan.by_window[spec.window] = arranged
-        out, lse = self._attend_rows(q, k, v, cache, spec, plan.by_window[spec.window])
-        if score_sums is not None:
-            self._sum_scores(q, lse, cache, spec, plan.shape, score_sums)
-        return out, lse
-
-    def _attend_rows(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cache: LayerCache,
-        spec: AttentionSpec,
-        rows: Arrangement,
-    ) -> tuple[Tensor, Tensor]:
+        rows = plan.by_window[spec.window]
         if rows.whole and rows.singles:
             return self._attend_singles(q, cache, spec, rows.singles[0])
         if rows.whole:
@@ -296,40 +285,6 @@ class PagedAttention(Attention[PagedPlan]):
             part = self._attend_chunks(q[where], k[where], v[where], cache, spec, chunk)
             out[where], lse[where] = part
         return out, lse
-
-    def _sum_scores(
-        self,
-        q: Tensor,
-        lse: Tensor,
-        cache: LayerCache,
-        spec: AttentionSpec,
-        shape: StepShape,
-        sums: Tensor,
-    ) -> None:
-        """The attention that each slot got, row by row; ``q`` is rotated."""
-        size, kv_heads = cache.keys.block_size, cache.keys.heads
-        first, start = 0, 0
-        for row, (length, past) in enumerate(zip(shape.lengths, shape.past[0], strict=True)):
-            context = int(past + length)
-            pages = self._tensor(shape.pages(0, row, 0, context, size))
-            keys = _gather(cache, pages, q.dtype, spec.value_width)[0][:, :context]
-            total = torch.zeros(kv_heads, context, device=q.device)
-            slot = torch.arange(context, device=q.device)
-            count = max(1, _SCORES_AT_ONCE // (q.shape[1] * context))
-            for part in torch.arange(int(length)).split(count):
-                at = part.to(q.device)
-                scores = _scores(q[start + at].transpose(0, 1)[None], keys[None])[0] * spec.scale
-                if spec.softcap is not None:
-                    scores = spec.softcap * torch.tanh(scores / spec.softcap)
-                weights = torch.exp(scores - lse[start + at].T[..., None])
-                distance = (past + at)[:, None] - slot
-                hidden = (distance < 0) & spec.causal
-                if spec.window is not None:
-                    hidden |= distance >= spec.window
-                weights = weights.masked_fill(hidden, 0.0)
-                total += weights.view(kv_heads, -1, context).sum(1)
-            sums[:, first : first + context] = total
-            first, start = first + context, start + int(length)
 
     def _attend_singles(
         self, q: Tensor, cache: LayerCache, spec: AttentionSpec, rows: SingleQueries

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
+
+import torch
+from torch import Tensor
 
 from headrace.contracts.method import MethodCard, Property
 from headrace.contracts.slot_policy import CompactionSchedule, SlotPolicy
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TIE = 1e-3
 """Of the attention itself, which decides between slots that stood out equally often."""
@@ -19,8 +19,8 @@ TIE = 1e-3
 class Scissorhands(SlotPolicy):
     """Keep a fixed number of slots: those that got more than the average attention most often.
 
-    It is counted over the last inputs before the cache is reduced (section 4, algorithms 1 and 2).
-    Inputs of one chunk are counted together, by their mean.
+    It is counted over the last inputs before the cache is reduced (section 4, algorithms 1 and 2);
+    the query heads that share keys count by their mean.
 
     Args:
         budget: slots that every head of every layer keeps, rounded up to whole pages.
@@ -61,9 +61,10 @@ class Scissorhands(SlotPolicy):
         )
         return CompactionSchedule(budget, interval, self.history)
 
-    def observe(self, known: Tensor, sums: Tensor, queries: int) -> None:
-        share = sums / sums.sum(dim=1, keepdim=True)
-        known += queries * (share >= 1 / share.shape[1]) + TIE * share
+    def observe(self, known: Tensor, weights: Tensor, past: int) -> None:
+        share = weights.mean(dim=1)
+        seen = past + torch.arange(1, share.shape[1] + 1, device=share.device)
+        known += ((share >= 1 / seen[:, None]) + TIE * share).sum(dim=1)
 
     def rank(self, known: Tensor) -> Tensor:
         ranks = known.clone()
