@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headrace import SamplingParams
-from headrace.contracts.slot_policy import CompactionSchedule
+from headrace.contracts.slot_policy import CompactionSchedule, SlotPolicy
 from headrace.errors import ConfigurationError, InvalidRequestError
+from headrace.kv.policies.h2o import HeavyHitterOracle
 from headrace.kv.policies.scissorhands import Scissorhands
 from tests.models.expected import (
     TOLERANCE,
@@ -28,9 +29,9 @@ from tests.support.checkpoints import VOCAB
 from tests.support.logits import LogitsRecorder
 
 BLOCK = 4
-POLICY = Scissorhands(budget=16, drop=0.5, history=5, recent=4)
+SCISSORHANDS = Scissorhands(budget=16, drop=0.5, history=5, recent=4)
 KV = "scissorhands:budget=16,drop=0.5,history=5,recent=4"
-SCHEDULE = POLICY.schedule(BLOCK)
+POLICIES = {KV: SCISSORHANDS, "h2o:budget=12,drop=0.5": HeavyHitterOracle(12, 0.5)}
 
 
 @pytest.fixture(params=("llama3", "qwen3"))
@@ -66,54 +67,64 @@ def masked(expected: Expected, masks: list[Tensor]) -> Iterator[Any]:
         model.set_attn_implementation(before)
 
 
-def reduced_logits(expected: Expected, tokens: list[int]) -> Tensor:
+def reduced_logits(
+    expected: Expected, tokens: list[int], policy: SlotPolicy = SCISSORHANDS
+) -> Tensor:
     """``[T, vocab]``: at each compaction, what the attention of a whole forward pass decides."""
-    config = expected.model.config
+    config, schedule = expected.model.config, policy.schedule(BLOCK)
     layers, heads, length = config.num_hidden_layers, config.num_attention_heads, len(tokens)
     ratio = heads // config.num_key_value_heads
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     masks = [causal.repeat(heads, 1, 1) for _ in range(layers)]
     held = [[list[int]() for _ in range(heads // ratio)] for _ in range(layers)]
+    notes = [[torch.zeros(1, 0) for _ in range(heads // ratio)] for _ in range(layers)]
     ids, start = torch.tensor([tokens]), 0
     with torch.inference_mode():
-        while (due := SCHEDULE.next_due(start)) <= length:
+        while (due := schedule.next_due(start)) <= length:
             with masked(expected, [mask[:, :due, :due] for mask in masks]) as model:
                 seen = model(ids[:, :due], output_attentions=True).attentions
+            begin = max(start, due - schedule.window)
             for layer in range(layers):
-                rows = seen[layer][0, :, due - SCHEDULE.window :].unflatten(0, (-1, ratio))
+                rows = seen[layer][0, :, begin:].unflatten(0, (-1, ratio))
                 for head, slots in enumerate(held[layer]):
                     slots += range(start, due)
                     known = torch.zeros(1, len(slots))
-                    past = len(slots) - SCHEDULE.window
-                    POLICY.observe(known, rows[head : head + 1, :, :, slots], past)
-                    order = POLICY.rank(known)[0].topk(SCHEDULE.budget).indices
-                    kept = [slots[i] for i in sorted(order.tolist())]
+                    known[:, : notes[layer][head].shape[1]] = notes[layer][head]
+                    past = len(slots) - (due - begin)
+                    policy.observe(known, rows[head : head + 1, :, :, slots], past)
+                    order = policy.rank(known)[0].topk(schedule.budget).indices.sort().values
+                    notes[layer][head] = policy.carry(known[:, order])
+                    kept = [slots[i] for i in order.tolist()]
                     gone = sorted({*slots} - {*kept})
                     masks[layer][head * ratio : (head + 1) * ratio, due:, gone] = False
                     held[layer][head] = kept
             start = due
         with masked(expected, masks) as model:
             logits: Tensor = model(ids).logits[0].float()
-    assert not all(torch.equal(mask, masks[0]) for mask in masks), "heads keep different slots"
+    if policy == SCISSORHANDS:
+        assert not all(torch.equal(head, masks[0][0]) for mask in masks for head in mask)
     return logits
 
 
+@pytest.mark.parametrize("kv", POLICIES)
 @pytest.mark.parametrize(
     "options",
     [{}, {"reference": True}, {"max_num_batched_tokens": 7}],
     ids=["fast", "reference", "chunks"],
 )
-def test_logits_without_what_was_dropped(expected: Expected, options: dict[str, Any]) -> None:
-    prompt = prompt_of(61)
+def test_logits_without_what_was_dropped(
+    expected: Expected, options: dict[str, Any], kv: str
+) -> None:
+    prompt, schedule = prompt_of(61), POLICIES[kv].schedule(BLOCK)
     params = SamplingParams(max_tokens=0, prompt_logprobs=VOCAB)
-    with load(expected.directory, **options, block_size=BLOCK, kv=KV) as llm:
+    with load(expected.directory, **options, block_size=BLOCK, kv=kv) as llm:
         [output] = llm.generate([prompt], params)
-        assert llm.stats().pages_peak * BLOCK <= SCHEDULE.most_slots(61)
+        assert llm.stats().pages_peak * BLOCK <= schedule.most_slots(61)
     found = full_prompt_logprobs(output)
-    wanted = torch.log_softmax(reduced_logits(expected, prompt), -1)[:-1]
+    wanted = torch.log_softmax(reduced_logits(expected, prompt, POLICIES[kv]), -1)[:-1]
     assert (found - wanted).abs().max() < TOLERANCE
     whole = torch.log_softmax(expected.logits(prompt), -1)[:-1]
-    assert (found[SCHEDULE.first :] - whole[SCHEDULE.first :]).abs().max() > 0.01
+    assert (found[schedule.first :] - whole[schedule.first :]).abs().max() > 0.01
 
 
 def test_generation_beside_plain_requests(expected: Expected) -> None:
@@ -161,12 +172,13 @@ def test_compacted_prefixes_are_found_again(expected: Expected) -> None:
             assert abs(found.logprob - wanted[place, token]) < TOLERANCE
 
 
-def test_preempted_sequences_come_out_the_same(expected: Expected) -> None:
+@pytest.mark.parametrize("kv", POLICIES)
+def test_preempted_sequences_come_out_the_same(expected: Expected, kv: str) -> None:
     prompts = [prompt_of(40, seed) for seed in range(4)]
-    with load(expected.directory, block_size=BLOCK, kv=KV) as llm:
+    with load(expected.directory, block_size=BLOCK, kv=kv) as llm:
         alone = [llm.generate([prompt], greedy(30))[0] for prompt in prompts]
     memory = expected.cache_bytes(90)
-    with load(expected.directory, block_size=BLOCK, kv=KV, kv_cache_memory_bytes=memory) as llm:
+    with load(expected.directory, block_size=BLOCK, kv=kv, kv_cache_memory_bytes=memory) as llm:
         together = llm.generate(prompts, greedy(30))
         assert llm.stats().preemptions > 0
         assert llm.stats().pages_used == 0

@@ -22,7 +22,7 @@ class CompactionSchedule:
     Args:
         budget: slots that are left in every layer and head.
         interval: tokens from one compaction to the next.
-        window: the attention of so many inputs before each is observed, at most ``interval``.
+        window: the attention of so many inputs before each is observed.
     """
 
     budget: int
