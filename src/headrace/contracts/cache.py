@@ -8,7 +8,7 @@ from typing import Literal
 
 Scope = Literal["slot", "page", "run", "sequence"]
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "int8": 1, "uint8": 1}
 
 ALIGNMENT = 64
 """Bytes: a page, and in it the part of every plane, begins at a multiple of this."""

@@ -19,6 +19,7 @@ Guarantee = Literal["exact", "distribution", "lossy"]
 class Property(Enum):
     """What the engine guarantees, as long as no method that is on breaks it."""
 
+    PLAIN_ENTRIES = "cached keys and values are stored as attention computes with them"
     TOKEN_ORDER = "slots hold the tokens in their order, the same ones in every head"
     WHOLE_PAST = "the cache holds every token of the past, in every layer and head"
 

@@ -28,7 +28,7 @@ class RandomEviction(KVPolicy):
         title="",
         summary="Keeps a share of the KV pages, whichever: what every policy must beat.",
         guarantee="lossy",
-        requires=frozenset({Property.TOKEN_ORDER}),
+        requires=frozenset({Property.TOKEN_ORDER, Property.PLAIN_ENTRIES}),
         breaks=frozenset({Property.WHOLE_PAST}),
         request_options=("keep", "seed"),
     )

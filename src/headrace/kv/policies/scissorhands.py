@@ -34,7 +34,7 @@ class Scissorhands(SlotPolicy):
         "Compression at Test Time",
         summary="Keeps a fixed number of slots, in every head those that stood out most often.",
         guarantee="lossy",
-        requires=frozenset({Property.TOKEN_ORDER}),
+        requires=frozenset({Property.TOKEN_ORDER, Property.PLAIN_ENTRIES}),
         breaks=frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST}),
     )
 
