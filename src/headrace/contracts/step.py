@@ -49,6 +49,26 @@ class SampleState:
         return self.end_token_ids if below else ()
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a row's context that the step only reads: what was cached before it.
+
+    Its keys are not touched: queries are turned to positions at which the distances are those of
+    the order in which the reader sees its segments.
+
+    Args:
+        table_row: of its owner in the page tables, who may be the reader.
+        begin: its first slot there, a multiple of the block size.
+        length: slots, as many as are read.
+        shift: what is added to the position of an input when it reads them.
+    """
+
+    table_row: int
+    begin: int
+    length: int
+    shift: int
+
+
 @dataclass(slots=True)
 class PlanRow:
     """What one sequence feeds in this step.
@@ -67,6 +87,9 @@ class PlanRow:
         adapter: key of the adapter that the inputs go through; "": none.
         methods: of the request, as it chose them.
         num_quiet: so many of the inputs come before the first one that a token is drawn from.
+        begin: the slot at which the row's own context begins, a multiple of the block size. What
+            lies before it is not read but through segments.
+        segments: what the inputs see beside the row's own context.
     """
 
     sequence: int
@@ -81,6 +104,8 @@ class PlanRow:
     adapter: str = ""
     methods: tuple[Method, ...] = ()
     num_quiet: int = 0
+    begin: int = 0
+    segments: Sequence[Segment] = ()
 
 
 @dataclass(slots=True)

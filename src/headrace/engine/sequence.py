@@ -15,6 +15,7 @@ from headrace.contracts.profile import Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling, SampleState
 from headrace.contracts.text import TextStream
+from headrace.engine.gang import Gang
 from headrace.engine.prefix_tree import SealedRun
 
 
@@ -36,11 +37,12 @@ class Request:
     ``boundaries`` are counts of prompt tokens, ascending: what lies behind one is fed in a later
     step than what lies before it. With ``pooling``, nothing is generated: ``pooled`` gathers what
     makes the embedding. Of each sequence, the first ``num_shareable`` tokens have KV that others
-    may share; ``kv_policy`` decides what it keeps.
+    may share; ``kv_policy`` decides what it keeps. ``gang``: of its sequences, if they are one.
     """
 
     __slots__ = (
         "boundaries",
+        "gang",
         "kv_policy",
         "max_tokens",
         "metrics",
@@ -83,6 +85,7 @@ class Request:
         self.num_shareable = sys.maxsize if shared is None else shared
         self.metrics = RequestMetrics(arrival_time)
         self.sequences: list[Sequence] = []
+        self.gang: Gang | None = None
         self.unfinished = params.n
         wanted = params.prompt_logprobs is not None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if wanted else None
@@ -122,11 +125,12 @@ class Sequence:
     position ``next_position``. KV lies in ``runs`` (sealed) followed by ``tail`` (columns of
     writable pages, one page per cache group). ``num_sealed`` runs there have been, of which those
     with ``ordinals`` are left; of the first ``num_passed`` the sequence no longer holds the pages
-    with a window.
+    with a window. Its own context begins at slot ``begin``; see ``PlanRow``.
     """
 
     __slots__ = (
         "arrival",
+        "begin",
         "index",
         "next_position",
         "num_fed",
@@ -166,7 +170,13 @@ class Sequence:
         self.ordinals: list[int] = []
         self.tail: list[list[int]] = []
         self.num_fed = self.num_slots = self.next_position = 0
-        self.num_sealed = self.num_passed = 0
+        self.num_sealed = self.num_passed = self.begin = 0
+
+    @property
+    def together(self) -> list[Sequence]:
+        """The sequences that wait, run and are preempted as one, of which it is the first."""
+        gang = self.request.gang
+        return [self] if gang is None else gang.members
 
     @property
     def priority(self) -> int:
@@ -193,4 +203,4 @@ class Sequence:
         self.ordinals = []
         self.tail = []
         self.num_fed = self.num_slots = self.next_position = 0
-        self.num_sealed = self.num_passed = 0
+        self.num_sealed = self.num_passed = self.begin = 0

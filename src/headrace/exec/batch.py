@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow
+from headrace.exec.segments import SegmentReads, pages_from, read_segments
 from headrace.exec.taps import TappedRows
 from headrace.kv.arena import KVArena
 from headrace.ops.paged import StepShape
@@ -29,6 +30,7 @@ class ForwardBatch:
         attention: one plan per cache group.
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
         tapped: name of a method with a tap -> the inputs that it is for.
+        segments: what inputs read beside the own context of their rows.
     """
 
     input_ids: Tensor
@@ -37,6 +39,7 @@ class ForwardBatch:
     attention: list[Any]
     adapted: Sequence[tuple[str, Tensor]]
     tapped: Mapping[str, Sequence[TappedRows[Any]]]
+    segments: SegmentReads | None = None
 
 
 class BatchBuilder:
@@ -73,17 +76,25 @@ class BatchBuilder:
         ids = [token for row in rows for token in row.input_ids]
         positions = [position for row in rows for position in row.positions]
         lengths = np.array([len(row.input_ids) for row in rows])
-        past = np.array([row.slot for row in rows])
+        begins = np.array([row.begin for row in rows])
+        past = np.array([row.slot for row in rows]) - begins
         used = [row.table_row for row in rows]
-        pages = self._arena.layout.pages_for(int((past + lengths).max()))
+        size = self._arena.layout.block_size
         plans = []
         for group in self._groups:
             plane = self._arena.group_plane(group)
-            shape = StepShape.of_one_group(lengths, past, tables[group, used, :pages], plane.heads)
+            pages = pages_from(tables[group], used, begins, past + lengths, size)
+            shape = StepShape.of_one_group(lengths, past, pages, plane.heads)
             plans.append(self._ops.attention.plan(shape, plane))
-        spans = RowSpans(lengths.tolist(), used)
-        ids_of, places = self._tensor(ids), self._tensor(positions)
-        return ForwardBatch(ids_of, places, spans, plans, self._adapted(rows), self._tapped(rows))
+        return ForwardBatch(
+            self._tensor(ids),
+            self._tensor(positions),
+            RowSpans(lengths.tolist(), used),
+            plans,
+            self._adapted(rows),
+            self._tapped(rows),
+            read_segments(rows, tables, self._arena, self._ops.attention, self._ops.device),
+        )
 
     def _adapted(self, rows: Sequence[PlanRow]) -> list[tuple[str, Tensor]]:
         """The inputs that go through adapters, by adapter."""
@@ -130,4 +141,6 @@ def _single_input(row: PlanRow, index: int) -> PlanRow:
         adapter=row.adapter,
         methods=row.methods,
         num_quiet=int(index < row.num_quiet),
+        begin=row.begin,
+        segments=row.segments,
     )
