@@ -17,18 +17,21 @@ from hypothesis.stateful import (
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
+from headrace.engine.gangs.hogwild_inference import HogwildInference
 from headrace.kv.policies.random_eviction import RandomEviction
 from tests.engine.checking_runner import Fault
+from tests.engine.gang_checks import SeesPrevious
 from tests.engine.harness import VOCAB, Harness, Setup
 
 PROFILES = (EXACT, Profile(salt="tenant"), Profile(adapter="adapter@1"))
+GANGS = (HogwildInference(), SeesPrevious())
 FAULTS = ("early", "submit", "collect", "interrupt", "rows")
 
 
 def is_composable(setup: Setup) -> bool:
-    """Whether a model would be loaded so: a policy decides on all pages of a sequence."""
+    """Whether a model would be loaded so: policies and gangs need all pages of a sequence."""
     whole = setup.windows.count(None) == len(setup.windows) > 0 and not setup.states
-    return whole or (not setup.policies and setup.causal)
+    return whole or (not setup.policies and not setup.gangs and setup.causal)
 
 
 setups = st.builds(
@@ -44,6 +47,7 @@ setups = st.builds(
     tokens=st.integers(1, 12),
     waiting=st.integers(1, 6),
     policies=st.sampled_from(((), (RandomEviction(0.3), RandomEviction(0.75, seed=1)))),
+    gangs=st.sampled_from(((), GANGS)),
     causal=st.sampled_from((True, True, True, False)),
 ).filter(is_composable)
 
@@ -71,6 +75,8 @@ class EngineMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         profile=st.sampled_from(PROFILES),
         policy=st.integers(0, 2),
+        gang=st.integers(0, 2),
+        begun=st.lists(st.integers(0, VOCAB - 1), max_size=2),
         seed=st.one_of(st.none(), st.integers(0, 3)),
         ends=st.lists(st.integers(1, 24), max_size=2),
         pooling=st.sampled_from((None, None, None, "last", "mean", "first")),
@@ -89,6 +95,8 @@ class EngineMachine(RuleBasedStateMachine):
         priority: int,
         profile: Profile,
         policy: int,
+        gang: int,
+        begun: list[int],
         seed: int | None,
         ends: list[int],
         pooling: Pooling | None,
@@ -117,6 +125,8 @@ class EngineMachine(RuleBasedStateMachine):
             priority=priority,
             profile=profile,
             policy=policy,
+            gang=gang,
+            begun=begun,
             boundaries=boundaries,
             pooling=pooling,
         )
