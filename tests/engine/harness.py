@@ -190,8 +190,12 @@ class Harness:
         try:
             limit = self.engine.check_request(prompt, params, pooling, profile, beginnings)
         except InvalidRequestError:
-            self._check_refusal(prompt, params, profile, beginnings)
+            self.unfit += 1
+            assert gang_method(profile.methods, params.n) is not None
+            assert not self._has_room(prompt, params.n, params.max_tokens or 1, beginnings)
             return None
+        if gang_method(profile.methods, params.n) is not None and limit:
+            assert self._has_room(prompt, params.n, limit, beginnings)
         try:
             self.engine.add_request(
                 request_id,
@@ -219,26 +223,19 @@ class Harness:
             assert limit == 0, "only a request that asks for nothing is never queued"
         return record
 
-    def _check_refusal(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        profile: Profile,
-        beginnings: SequenceOf[SequenceOf[int]],
-    ) -> None:
-        """Only a gang for which there will never be room is refused."""
-        self.unfit += 1
-        assert gang_method(profile.methods, params.n) is not None and params.max_tokens != 0
-        room = fits(
+    def _has_room(
+        self, prompt: list[int], count: int, limit: int, beginnings: SequenceOf[SequenceOf[int]]
+    ) -> bool:
+        """Whether a gang whose members generate ``limit`` tokens could run alone."""
+        return count <= min(self.setup.rows, self.setup.tokens) and fits(
             len(prompt),
-            [len(each) for each in beginnings] or [0] * params.n,
-            params.max_tokens or 1,
+            [len(each) for each in beginnings] or [0] * count,
+            limit,
             context=self.context,
             block_size=self.setup.block_size,
             pages=self.engine.stats().pages_total,
             groups=len(self.setup.windows),
         )
-        assert not room or params.n > min(self.setup.rows, self.setup.tokens)
 
     def abort(self, record: Record) -> None:
         """Abort a request, be it running, waiting or over."""

@@ -40,7 +40,7 @@ SETUPS = (
     Setup(states=True, pages=12, rows=6, tokens=3),
     Setup(gangs=GANGS, pages=20, rows=8, tokens=16, context=40),
     Setup(gangs=GANGS, policy="priority", pages=12, rows=10, tokens=9, block_size=3, context=36),
-    Setup(gangs=GANGS, windows=(None, None), pages=30, rows=6, tokens=6, block_size=1, context=40),
+    Setup(gangs=GANGS, windows=(None, None), pages=30, rows=6, tokens=4, block_size=1, context=40),
     Setup(causal=False, pages=30, rows=4, tokens=24),
     Setup(causal=False, policy="priority", pages=12, rows=2),
 )
