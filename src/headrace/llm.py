@@ -129,9 +129,7 @@ class _Face:
         if gang is not None:
             headers = (self.tokenizer.encode(text, False) for text in gang.headers(params.n))
             prepared = prepared._replace(beginnings=tuple(headers))
-        self.engine.check_request(
-            prepared.token_ids, params, pooling, profile, prepared.beginnings
-        )
+        self.engine.check_request(prepared.token_ids, params, pooling, profile, prepared.beginnings)
         return prepared
 
     def _finish_embedding(self, output: RequestOutput, dimensions: int | None) -> RequestOutput:

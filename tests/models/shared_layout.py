@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass
 class Block:
-    """Consecutive tokens' keys, not rotated, and values: of each layer ``[heads, tokens, width]``."""
+    """Keys, not rotated, and values of consecutive tokens: a layer's ``[heads, tokens, width]``."""
 
     keys: list[Tensor]
     values: list[Tensor]

@@ -110,9 +110,7 @@ def test_gangs_that_lost_their_pages_go_on(expected: Expected) -> None:
     choices = [choice(), {}, choice(), {}]
     options = {"block_size": BLOCK, "max_num_batched_tokens": 16}
     memory = expected.cache_bytes(160)
-    with load(
-        expected.directory, methods=(NAME,), kv_cache_memory_bytes=memory, **options
-    ) as llm:
+    with load(expected.directory, methods=(NAME,), kv_cache_memory_bytes=memory, **options) as llm:
         recorder = LogitsRecorder(llm)
         outputs = llm.generate(prompts, params, methods=choices)
         llm.engine.check_integrity()
@@ -167,7 +165,9 @@ def test_a_gang_can_be_given_up(expected: Expected) -> None:
             profile = Profile(llm.methods.choose(choice()))
             headers = [[1, 2]] * 3
             params = greedy(12, n=3)
-            llm.engine.add_request("gang", prompt_of(9), params, profile=profile, beginnings=headers)
+            llm.engine.add_request(
+                "gang", prompt_of(9), params, profile=profile, beginnings=headers
+            )
             for _ in range(steps):
                 llm.engine.step()
                 llm.engine.check_integrity()
@@ -206,9 +206,7 @@ def test_the_prompt_is_shared_and_blocks_are_not(expected: Expected) -> None:
 def test_gangs_without_room_are_refused(expected: Expected) -> None:
     options = {"max_num_seqs": 4, "block_size": BLOCK, "max_model_len": 64}
     memory = expected.cache_bytes(64)
-    with load(
-        expected.directory, methods=(NAME,), kv_cache_memory_bytes=memory, **options
-    ) as llm:
+    with load(expected.directory, methods=(NAME,), kv_cache_memory_bytes=memory, **options) as llm:
         for prompt, n, most, message in (
             (16, 5, 3, "n: 5 sequences that see each other .* room for 4; .* raise max_num_seqs"),
             (16, 4, 9, "max_tokens: 4 sequences .* room for 9 tokens .* the context holds 64"),

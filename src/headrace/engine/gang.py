@@ -1,4 +1,4 @@
-"""Gangs in the engine: what their sequences see of each other, and whether there is room for one."""
+"""Gangs in the engine: what their sequences see of each other, and the room that they need."""
 
 from __future__ import annotations
 

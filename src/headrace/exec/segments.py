@@ -16,6 +16,7 @@ from headrace.kv.arena import KVArena
 from headrace.ops.paged import Attention, AttentionSpec, Indices, LayerCache, StepShape
 from headrace.ops.reference import merge_attention, rotate
 
+
 @dataclass(frozen=True, slots=True)
 class SegmentReads:
     """What the inputs of a micro-batch read beside the own context of their rows.
@@ -102,11 +103,12 @@ def read_segments(
         array = np.array(values, dtype=np.int64)
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    pairs = [pair for rank in ranks for pair in rank]
+    pairs = [pair for of_rank in ranks for pair in of_rank]
     parts, start = [], 0
-    for rank in ranks:
-        parts.append((slice(start, start + len(rank)), tensor([pair.reader for pair in rank])))
-        start += len(rank)
+    for of_rank in ranks:
+        chosen = tensor([pair.reader for pair in of_rank])
+        parts.append((slice(start, start + len(of_rank)), chosen))
+        start += len(of_rank)
     return SegmentReads(
         tensor(readers),
         tensor([pair.place for pair in pairs]),
@@ -145,4 +147,6 @@ def pages_from(
         return table[rows, :count]
     columns = np.arange(count) + begins[:, None] // block_size
     # Rows that need fewer pages than the longest have anything behind them.
-    return table[np.array(rows)[:, None], np.minimum(columns, table.shape[1] - 1)]
+    columns = np.minimum(columns, table.shape[1] - 1)
+    found: npt.NDArray[np.int32] = table[np.array(rows)[:, None], columns]
+    return found
