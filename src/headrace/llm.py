@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from headrace.adapters import AdapterRegistry, read_adapter
 from headrace.config import EngineConfig
+from headrace.contracts.gang import gang_method
 from headrace.contracts.outputs import RequestOutput, SequenceUpdate
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
@@ -46,11 +47,15 @@ _NO_OUTPUT = SamplingParams(max_tokens=0)
 
 
 class _Input(NamedTuple):
-    """A prompt that could run: its text (if there is one), tokens, and ends of its segments."""
+    """A prompt that could run: its text (if there is one), tokens, and ends of its segments.
+
+    ``beginnings`` are tokens with which the sequences of a gang begin behind it.
+    """
 
     text: str | None
     token_ids: list[int]
     boundaries: tuple[int, ...] = ()
+    beginnings: tuple[list[int], ...] = ()
 
 
 class _Face:
@@ -110,13 +115,21 @@ class _Face:
         return self._prepare(text, _NO_OUTPUT, self._embedding.pooling).token_ids
 
     def _prepare(
-        self, prompt: Prompt, params: SamplingParams, pooling: Pooling | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        pooling: Pooling | None = None,
+        profile: Profile = EXACT,
     ) -> _Input:
         """Tokens of a request that could run."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("sampling_params", f"must be SamplingParams, got {params!r}")
         prepared = self._tokenize(prompt)
-        self.engine.check_request(prepared.token_ids, params, pooling)
+        gang = gang_method(profile.methods, params.n)
+        if gang is not None:
+            headers = (self.tokenizer.encode(text, False) for text in gang.headers(params.n))
+            prepared = prepared._replace(beginnings=tuple(headers))
+        self.engine.check_request(prepared.token_ids, params, pooling, profile, prepared.beginnings)
         return prepared
 
     def _finish_embedding(self, output: RequestOutput, dimensions: int | None) -> RequestOutput:
@@ -207,10 +220,11 @@ class LLM(_Face):
         """
         listed = _list_prompts(prompts)
         params = self._params_for(len(listed), sampling_params)
-        jobs = [
-            (self._prepare(prompt, each), each) for prompt, each in zip(listed, params, strict=True)
-        ]
         with self._profiles_for(len(listed), adapter, methods) as profiles:
+            jobs = [
+                (self._prepare(prompt, each, None, profile), each)
+                for prompt, each, profile in zip(listed, params, profiles, strict=True)
+            ]
             return self._run(jobs, profiles, use_tqdm, priority)
 
     def load_adapter(self, name: str, path: str | Path) -> None:
@@ -351,6 +365,7 @@ class LLM(_Face):
                         profile=profile,
                         boundaries=prompt.boundaries,
                         pooling=pooling,
+                        beginnings=prompt.beginnings,
                     )
                 for update in self.engine.step():
                     if update.request_id not in builders:
@@ -439,8 +454,8 @@ class AsyncLLM(_Face):
             EngineClosedError: the engine is draining or closed.
         """
         params = self.default_sampling_params() if sampling_params is None else sampling_params
-        prepared = self._prepare(prompt, params, pooling)
         profile = replace(profile, methods=self.methods.choose(methods))
+        prepared = self._prepare(prompt, params, pooling, profile)
         engine_id = str(next(self._numbers))
         if request_id is None:
             request_id = f"request-{engine_id}"
@@ -612,6 +627,7 @@ class AsyncLLM(_Face):
                 profile=profile,
                 boundaries=prompt.boundaries,
                 pooling=pooling,
+                beginnings=prompt.beginnings,
             )
         except Exception as error:
             if stream := self._streams.get(engine_id):

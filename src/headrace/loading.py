@@ -127,7 +127,13 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     )
     cache_dtype = config.cache_dtype(dtype)
     states = architecture.layer_states(checkpoint.config, cache_dtype)
-    facts = ModelFacts(tuple(states), shape.context, shape.vocab_size, architecture.causal)
+    facts = ModelFacts(
+        tuple(states),
+        shape.context,
+        shape.vocab_size,
+        architecture.causal,
+        architecture.rotary_attention,
+    )
     methods = MethodSet(wanted_methods, facts)
     layout = layout_of(states, config.block_size)
     prefix_caching = shares_prefixes(config, layout, architecture.causal)

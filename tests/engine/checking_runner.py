@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contracts.gang import gang_method
 from headrace.contracts.kv_policy import SealedPages
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.profile import Profile
@@ -27,6 +28,13 @@ from headrace.contracts.step import (
 )
 from headrace.engine.engine import Engine
 from headrace.engine.sequence import Sequence, Status
+from tests.engine.gang_checks import (
+    Part,
+    block_histories,
+    expected_parts,
+    expected_tokens,
+    known_blocks,
+)
 from tests.engine.hashed_slots import HashedSlots
 
 Vector = npt.NDArray[np.float32]
@@ -131,6 +139,10 @@ class Seen:
     """Rows that begin behind a compaction that another sequence has made."""
     passed: int = 0
     """Slots before a window, counted in every step."""
+    seen_by_others: int = 0
+    """Slots of others that rows read, counted in every step."""
+    kept: int = 0
+    """Rows of members of gangs that had ended and were computed again for the others."""
     failed: set[str] = field(default_factory=set)
 
 
@@ -172,12 +184,14 @@ class CheckingRunner(Runner):
         self._fed: dict[int, int] = {}
         self._resumed: dict[str, int] = {}
         self._results: dict[Ticket, tuple[StepResult, Fault | None]] = {}
+        self.beginnings: dict[str, SequenceOf[SequenceOf[int]]] = {}
+        """Of gangs, by request."""
 
     # -- the runner's side ------------------------------------------------------------------
 
     def submit(self, plan: StepPlan, tables: PageTables) -> Ticket:
         fault, self.fault = self.fault, None
-        running = {s.number: s for s in self._engine.scheduler.running}
+        running = {s.number: s for s in self._engine.scheduler.holders}
         self._has_schedules |= any(s.request.schedule is not None for s in running.values())
         self._check_plan(plan, running)
         failing = self._failing_rows(plan, fault)
@@ -260,7 +274,7 @@ class CheckingRunner(Runner):
         written: set[tuple[int, int]],
         failing: bool,
     ) -> None:
-        known = histories(sequence.request.profile, sequence.token_ids)
+        known = self._histories(sequence)
         for offset, (token, position) in enumerate(zip(row.input_ids, row.positions, strict=True)):
             column, place = divmod(row.slot + offset, self._size)
             content = POISON if failing else Slot(token, position, known[sequence.num_fed + offset])
@@ -272,13 +286,14 @@ class CheckingRunner(Runner):
 
     def _run(self, row: PlanRow, sequence: Sequence, tables: PageTables) -> RowResult:
         """Read the context back, compare it with what it has to be, and go on from there."""
-        end = row.slot + len(row.input_ids)
-        known = histories(sequence.request.profile, sequence.token_ids)
+        end = row.slot + len(row.input_ids) - row.begin
+        known = self._histories(sequence)
         expected = self._expected(row, sequence, known, 0)
+        self._read_segments(row, sequence, tables)
         for group, window in enumerate(self._windows):
             expected = self._expected(row, sequence, known, group)
-            count = -(-end // self._size)
-            pages = tables[group, row.table_row, :count].tolist()
+            first, count = row.begin // self._size, -(-end // self._size)
+            pages = tables[group, row.table_row, first : first + count].tolist()
             slots = [slot for page in pages for slot in self._pages[page]]
             first = 0 if window is None else max(0, row.slot + 1 - window)
             self.seen.passed += first
@@ -289,7 +304,7 @@ class CheckingRunner(Runner):
         self._advance_state(row, sequence, known)
         tokens = [self._sample(expected[end - 1].history, state) for state in row.samples]
         scores = [
-            score(expected[row.slot + offset].history, token)
+            score(known[sequence.num_fed + offset], token)
             for offset, token in enumerate(row.score_ids)
         ]
         pooled = None
@@ -324,8 +339,41 @@ class CheckingRunner(Runner):
                 part = kept[index * self._size : (index + 1) * self._size]
                 self._pages[page] = [slots[i] for i in part]
 
+    def _histories(self, sequence: Sequence) -> list[History]:
+        """The history after each of its tokens."""
+        request = sequence.request
+        method = gang_method(request.profile.methods, len(request.sequences))
+        if method is None:
+            return histories(request.profile, sequence.token_ids)
+        prompt = histories(request.profile, request.prompt_token_ids)
+        blocks = block_histories(prompt[-1], known_blocks(request.sequences), method)
+        return prompt + blocks[sequence.index]
+
+    def _read_segments(self, row: PlanRow, sequence: Sequence, tables: PageTables) -> None:
+        """What a member of a gang sees of others is what it has to be, where it has to be."""
+        parts = expected_parts(sequence, self._size) if sequence.begin else []
+        require(list(row.segments) == [part.segment for part in parts], "other segments", row)
+        for part in parts:
+            self._read_segment(part, tables)
+
+    def _read_segment(self, part: Part, tables: PageTables) -> None:
+        """Read it through the page tables."""
+        known, tokens = self._histories(part.owner), part.owner.token_ids
+        expected = [Slot(tokens[i], i, known[i]) for i in part.tokens]
+        length, first = part.segment.length, part.segment.begin // self._size
+        self.seen.seen_by_others += length if first else 0
+        for group in self._groups:
+            columns = slice(first, first + -(-length // self._size))
+            pages = tables[group, part.segment.table_row, columns].tolist()
+            slots = [slot for page in pages for slot in self._pages[page]]
+            require(slots[:length] == expected, "a wrong segment is read", part, slots)
+            failing = part.owner.request.request_id in self.failed_requests
+            require(failing or POISON not in slots, "padding is poisoned", part, slots)
+
     def _held(self, sequence: Sequence, group: int = 0) -> list[int]:
-        """The tokens whose slots the sequence has before the step, in order."""
+        """The tokens whose slots the sequence has in its own context before the step, in order."""
+        if sequence.begin:
+            return list(range(len(sequence.request.prompt_token_ids), sequence.num_fed))
         schedule = sequence.request.schedule
         if schedule is not None:
             return self._left(sequence, schedule, group)
@@ -368,8 +416,16 @@ class CheckingRunner(Runner):
         require(len({row.table_row for row in plan.rows}) == len(planned), "rows share a table")
         require(set(planned) <= running.keys(), "a sequence is planned that does not run", plan)
         first = self._engine.scheduler.running.items[0]
-        require(first.number in planned, "the first in order stands still", plan)
-        singles = {s.number for s in running.values() if s.num_pending == 1}
+        stands = not any(each.number in planned for each in first.together)
+        require(not stands, "the first in order stands still", plan)
+        singles: set[int] = set()
+        for unit in self._engine.scheduler.running:
+            feeding = {s.number for s in unit.together if s.num_pending > 0}
+            if unit.begin:
+                require(feeding & set(planned) in (feeding, set()), "a gang is torn apart", plan)
+                singles |= feeding
+            elif unit.num_pending == 1:
+                singles.add(unit.number)
         if len(singles) < limit.tokens:
             require(singles <= set(planned), "a decode starves", plan)
         targets = [target for _, target in plan.copies] + plan.blank
@@ -382,17 +438,21 @@ class CheckingRunner(Runner):
     def _check_row(self, row: PlanRow, sequence: Sequence) -> None:
         request, state, count = sequence.request, sequence.state, len(row.input_ids)
         start, end = sequence.num_fed, sequence.num_fed + count
-        require(row.slot == len(self._held(sequence)), "a wrong slot", row)
+        require(row.begin == sequence.begin, "a wrong beginning", row)
+        require(row.slot - row.begin == len(self._held(sequence)), "a wrong slot", row)
         require(
             not any(start < boundary < end for boundary in request.boundaries),
             "a boundary is crossed",
             row,
         )
         self._check_compaction(row, sequence, start, end)
-        require(sequence.status is Status.RUNNING, "a planned sequence does not run", row)
+        ended = sequence.status is Status.FINISHED and request.gang is not None
+        self.seen.kept += ended and row.begin > 0
+        status = Status.FINISHED if ended else Status.RUNNING
+        require(sequence.status is status, "a planned sequence does not run", row)
         require(count > 0, "an empty row", row)
         require(row.table_row == sequence.table_row, "a wrong table row", row)
-        known = request.prompt_token_ids + state.output_token_ids
+        known = expected_tokens(sequence, self.beginnings.get(request.request_id, ()))
         require(sequence.token_ids == known, "tokens are lost", known, sequence.token_ids)
         require(list(row.input_ids) == known[start:end], "wrong inputs", row, known)
         require(row.positions == range(start, end), "wrong positions", row)
@@ -408,8 +468,8 @@ class CheckingRunner(Runner):
         whole = start == 0 and end == len(known)
         require(self._causal or whole, "a part of a prompt", row)
         samples = []
-        if end == len(known) and request.max_tokens > 0:
-            together = sequence.index == 0 and not state.output_token_ids
+        if end == len(known) and request.max_tokens > 0 and not ended:
+            together = sequence.index == 0 and not state.output_token_ids and not row.begin
             samples = request.sequences if together else [sequence]
         require(
             [id(s) for s in row.samples] == [id(s.state) for s in samples], "wrong samples", row
@@ -443,7 +503,7 @@ class CheckingRunner(Runner):
             resumed = self._resumed[request.request_id] = (
                 self._resumed.get(request.request_id, 0) + 1
             )
-            lost = request.metrics.num_preemptions
+            lost = request.metrics.num_preemptions * len(sequence.together)
             require(resumed <= lost, "tokens are fed again without need", row)
         elif row.sequence not in self._fed and sequence.compacted is not None:
             self.seen.compacted_hits += sequence.index == 0
@@ -459,11 +519,12 @@ class CheckingRunner(Runner):
         seen.copies += len(plan.copies)
         seen.blanks += len(plan.blank)
         seen.chunks += sum(
-            not row.samples and row.positions.start + length < len(self._known(row.sequence))
+            not (row.samples or row.begin)
+            and row.positions.start + length < len(self._known(row.sequence))
             for row, length in zip(plan.rows, lengths, strict=True)
         )
         seen.mixed += len(lengths) > 1 and min(lengths) == 1 < max(lengths)
         seen.forks += sum(len(row.samples) > 1 for row in plan.rows)
 
     def _known(self, number: int) -> list[int]:
-        return next(s for s in self._engine.scheduler.running if s.number == number).token_ids
+        return next(s for s in self._engine.scheduler.holders if s.number == number).token_ids

@@ -9,6 +9,7 @@ import numpy as np
 
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
+from headrace.contracts.gang import GangMethod, gang_method
 from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.outputs import SequenceUpdate, TokenLogprobs
 from headrace.contracts.profile import EXACT, Profile
@@ -22,13 +23,12 @@ from tests.engine.checking_runner import (
     CheckingRunner,
     Fault,
     Vector,
-    begin,
     draw,
-    extend,
     histories,
     pool,
     score,
 )
+from tests.engine.gang_checks import block_histories, fits
 
 VOCAB = 11
 EOS = 0
@@ -64,6 +64,8 @@ class Setup:
     waiting: int = 6
     policies: tuple[KVPolicy | SlotPolicy, ...] = ()
     """What decides what stays in the cache, of which a request may have one."""
+    gangs: tuple[GangMethod, ...] = ()
+    """Methods by which sequences of a request may see each other."""
     causal: bool = True
     """Whether it generates; else a step has room for any prompt."""
 
@@ -83,6 +85,7 @@ class Record:
     profile: Profile
     request: Request | None
     pooling: Pooling | None = None
+    beginnings: SequenceOf[SequenceOf[int]] = ()
     tokens: list[list[int]] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -96,7 +99,8 @@ class Record:
     @property
     def longest(self) -> int:
         """Inputs that all sequences together may feed, when nothing is preempted."""
-        return self.params.n * (len(self.prompt) + self.limit)
+        begun = sum(map(len, self.beginnings))
+        return self.params.n * (len(self.prompt) + self.limit) + begun
 
 
 def embedding(record: Record) -> Vector | None:
@@ -137,7 +141,7 @@ class Harness:
         self.runner = CheckingRunner(inner, self.engine, VOCAB, setup.causal)
         self.engine.runner = self.runner
         self.records: dict[str, Record] = {}
-        self.refused = self.aborted = self.failed = 0
+        self.refused = self.aborted = self.failed = self.unfit = 0
         self._expected: dict[str, str] = {}
         """Requests that must end in the coming step, and how."""
 
@@ -160,21 +164,39 @@ class Harness:
         priority: int = 0,
         profile: Profile = EXACT,
         policy: int = 0,
+        gang: int = 0,
+        begun: SequenceOf[int] = (),
         boundaries: tuple[int, ...] = (),
         pooling: Pooling | None = None,
     ) -> Record | None:
-        """Add a request; ``None`` when the queue is full. Prompt and output are cut to fit.
+        """Add a request; ``None`` when the queue is full, or there is no room for a gang. Prompt
+        and output are cut to fit.
 
-        ``policy`` counts from 1 through those of the setup, and is 0 for none.
+        ``policy`` counts from 1 through those of the setup, and is 0 for none; so does ``gang``,
+        and it goes before. Of a gang, ``begun`` is what every block begins with, and its number.
         """
         if policy and self.setup.policies:
             chosen = self.setup.policies[(policy - 1) % len(self.setup.policies)]
             profile = replace(profile, methods=(chosen,))
-        request_id = f"request-{len(self.records) + self.refused}"
+        if gang and self.setup.gangs:
+            profile = replace(profile, methods=(self.setup.gangs[(gang - 1) % 2],))
+        beginnings: list[list[int]] = []
+        in_gang = gang_method(profile.methods, params.n) is not None and params.max_tokens != 0
+        if in_gang and begun:
+            beginnings = [[*begun, index] for index in range(params.n)]
+        request_id = f"request-{len(self.records) + self.refused + self.unfit}"
         prompt = list(prompt)
         full = self.engine.stats().waiting >= self.setup.waiting
         assert self.engine.queue_is_full == full
-        limit = self.engine.check_request(prompt, params, pooling)
+        try:
+            limit = self.engine.check_request(prompt, params, pooling, profile, beginnings)
+        except InvalidRequestError:
+            self.unfit += 1
+            assert gang_method(profile.methods, params.n) is not None
+            assert not self._has_room(prompt, params.n, params.max_tokens or 1, beginnings)
+            return None
+        if gang_method(profile.methods, params.n) is not None and limit:
+            assert self._has_room(prompt, params.n, limit, beginnings)
         try:
             self.engine.add_request(
                 request_id,
@@ -184,6 +206,7 @@ class Harness:
                 profile=profile,
                 boundaries=boundaries,
                 pooling=pooling,
+                beginnings=beginnings,
             )
         except OverloadedError:
             assert full
@@ -197,13 +220,28 @@ class Harness:
         assert not full
         scheduled = {s.request.request_id: s.request for s in self.engine.scheduler.waiting}
         request = scheduled.get(request_id)
-        record = Record(request_id, prompt, params, limit, profile, request, pooling)
+        record = Record(request_id, prompt, params, limit, profile, request, pooling, beginnings)
+        self.runner.beginnings[request_id] = beginnings
         record.tokens = [[] for _ in range(params.n)]
         record.reasons = [None] * params.n
         self.records[request_id] = record
         if record.request is None:
             assert limit == 0, "only a request that asks for nothing is never queued"
         return record
+
+    def _has_room(
+        self, prompt: list[int], count: int, limit: int, beginnings: SequenceOf[SequenceOf[int]]
+    ) -> bool:
+        """Whether a gang whose members generate ``limit`` tokens could run alone."""
+        return count <= min(self.setup.rows, self.setup.tokens) and fits(
+            len(prompt),
+            [len(each) for each in beginnings] or [0] * count,
+            limit,
+            context=self.context,
+            block_size=self.setup.block_size,
+            pages=self.engine.stats().pages_total,
+            groups=len(self.setup.windows),
+        )
 
     def abort(self, record: Record) -> None:
         """Abort a request, be it running, waiting or over."""
@@ -331,13 +369,25 @@ class Harness:
         assert record.request is not None
         state = record.request.sequences[index].state
         assert state.output_token_ids == record.tokens[index]
-        history = begin(record.profile)
-        for token in record.prompt:
-            history = extend(history, token)
+        known = self._before_draws(record, index)
         for number, token in enumerate(record.tokens[index]):
             banned = record.ends if number < record.params.min_tokens else ()
-            assert token == draw(history, state.seed, number, banned, VOCAB)
-            history = extend(history, token)
+            assert token == draw(known[number], state.seed, number, banned, VOCAB)
+
+    @staticmethod
+    def _before_draws(record: Record, index: int) -> list[int]:
+        """The history from which each token of a sequence was drawn."""
+        method = gang_method(record.profile.methods, record.params.n)
+        if method is None:
+            known = histories(record.profile, [*record.prompt, *record.tokens[index]])
+            return known[len(record.prompt) - 1 :]
+        start = histories(record.profile, record.prompt)[-1]
+        begun = record.beginnings or [()] * record.params.n
+        blocks = []
+        for first, tokens, reason in zip(begun, record.tokens, record.reasons, strict=True):
+            fed = tokens[:-1] if reason in ("stop", "length") else tokens
+            blocks.append([*first, *fed])
+        return [start, *block_histories(start, blocks, method)[index]][len(begun[index]) :]
 
     def _check_request(self, record: Record, update: SequenceUpdate) -> None:
         metrics = update.metrics

@@ -10,11 +10,14 @@ from collections import Counter
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
+from headrace.engine.gangs.hogwild_inference import HogwildInference
 from headrace.kv.policies.random_eviction import RandomEviction
 from tests.engine.checking_runner import Fault
+from tests.engine.gang_checks import SeesPrevious
 from tests.engine.harness import VOCAB, Harness, Setup
 from tests.engine.hashed_slots import HashedSlots
 
+GANGS = (HogwildInference(), SeesPrevious())
 SETUPS = (
     Setup(pages=9, rows=4, tokens=6),
     Setup(policy="priority", pages=9, rows=4, tokens=6),
@@ -39,6 +42,9 @@ SETUPS = (
     Setup(windows=(None, 6), states=True, pages=9, rows=4, tokens=6),
     Setup(windows=(), states=True, rows=3, tokens=6),
     Setup(states=True, pages=12, rows=6, tokens=3),
+    Setup(gangs=GANGS, pages=20, rows=8, tokens=16, context=40),
+    Setup(gangs=GANGS, policy="priority", pages=12, rows=10, tokens=9, block_size=3, context=36),
+    Setup(gangs=GANGS, windows=(None, None), pages=30, rows=6, tokens=4, block_size=1, context=40),
     Setup(causal=False, pages=30, rows=4, tokens=24),
     Setup(causal=False, policy="priority", pages=12, rows=2),
 )
@@ -65,9 +71,13 @@ SITUATIONS = (
     "compacted_hits",
     "passed",
     "embedded",
+    "seen_by_others",
+    "kept",
+    "unfit",
 )
 """Each must happen often. "mixed" steps feed chunks and single tokens together; "resumed" sequences
-feed tokens again after a preemption; "late_forks" had lost the shared prompt by then.
+feed tokens again after a preemption; "late_forks" had lost the shared prompt by then. "kept" rows
+are of members of gangs that had ended before a preemption; "unfit" gangs are refused.
 """
 
 
@@ -100,14 +110,17 @@ class Walk:
     def add(self) -> None:
         rng, context = self.random, self.harness.context
         shared = rng.choice(self.texts)[: rng.randrange(context)]
+        gangs = bool(self.harness.setup.gangs)
+        if gangs:
+            shared = shared[: context // 5]
         prompt = [*shared, *self._tokens(rng.randrange(4))][: context - 1] or [1]
-        most = min(rng.choice((0, 1, 4, 10, 18)), context - len(prompt))
+        most = min(rng.choice((8, 10) if gangs else (0, 1, 4, 10, 18)), context - len(prompt))
         params = SamplingParams(
             n=rng.choice((1, 1, 2, 3, 4)),
             max_tokens=most,
             min_tokens=rng.randint(0, most) if rng.random() < 0.2 else 0,
             stop_token_ids=[rng.randrange(VOCAB)] if rng.random() < 0.2 else None,
-            ignore_eos=rng.random() < 0.7,
+            ignore_eos=rng.random() < (0.3 if gangs else 0.7),
             prompt_logprobs=0 if rng.random() < 0.25 else None,
         )
         profile = EXACT if rng.random() < 0.8 else Profile(adapter="adapter@1")
@@ -117,13 +130,24 @@ class Walk:
             pooling = rng.choice(POOLING)
         priority = rng.randint(-1, 1)
         policy = int(rng.random() < 0.7)
+        gang = rng.choice((0, 1, 1, 2))
+        begun = self._tokens(rng.randrange(3)) if gangs else []
         self.harness.add(
-            prompt, params, priority=priority, profile=profile, policy=policy, pooling=pooling
+            prompt,
+            params,
+            priority=priority,
+            profile=profile,
+            policy=policy,
+            gang=gang,
+            begun=begun,
+            pooling=pooling,
         )
 
     def act(self) -> None:
         rng, harness = self.random, self.harness
         chance = rng.random()
+        if harness.setup.gangs and 0.3 < chance < 0.36:
+            chance = 1.0  # few end before their time: some have to live on without their siblings
         if chance < 0.3:
             self.add()
         elif chance < 0.34 and harness.records:
@@ -159,6 +183,9 @@ class Walk:
             passed=seen.passed,
             compacted=seen.compacted,
             compacted_hits=seen.compacted_hits,
+            seen_by_others=seen.seen_by_others,
+            kept=seen.kept,
+            unfit=self.harness.unfit,
             embedded=sum(
                 record.pooling is not None and record.reasons == ["length"]
                 for record in self.harness.records.values()

@@ -17,8 +17,10 @@ from hypothesis.stateful import (
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
+from headrace.engine.gangs.hogwild_inference import HogwildInference
 from headrace.kv.policies.random_eviction import RandomEviction
 from tests.engine.checking_runner import Fault
+from tests.engine.gang_checks import SeesPrevious
 from tests.engine.harness import VOCAB, Harness, Setup
 from tests.engine.hashed_slots import HashedSlots
 
@@ -29,13 +31,16 @@ POLICIES = (
     (HashedSlots(4, 4, 2), HashedSlots(3, 2, 1)),
     (HashedSlots(6, 4, 4), RandomEviction(0.5)),
 )
+GANGS = (HogwildInference(), SeesPrevious())
 FAULTS = ("early", "submit", "collect", "interrupt", "rows")
 
 
 def is_composable(setup: Setup) -> bool:
-    """Whether a model would be loaded so: a policy decides on all pages of a sequence."""
+    """Whether a model would be loaded so: policies and gangs need all pages of a sequence."""
     whole = setup.windows.count(None) == len(setup.windows) > 0 and not setup.states
-    return (setup.causal and (whole or not setup.policies)) or (whole and not setup.policies)
+    if setup.policies or setup.gangs:
+        return whole and setup.causal
+    return whole or setup.causal
 
 
 setups = st.builds(
@@ -51,6 +56,7 @@ setups = st.builds(
     tokens=st.integers(1, 12),
     waiting=st.integers(1, 6),
     policies=st.sampled_from(POLICIES),
+    gangs=st.sampled_from(((), GANGS)),
     causal=st.sampled_from((True, True, True, False)),
 ).filter(is_composable)
 
@@ -78,6 +84,8 @@ class EngineMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         profile=st.sampled_from(PROFILES),
         policy=st.integers(0, 2),
+        gang=st.integers(0, 2),
+        begun=st.lists(st.integers(0, VOCAB - 1), max_size=2),
         seed=st.one_of(st.none(), st.integers(0, 3)),
         ends=st.lists(st.integers(1, 24), max_size=2),
         pooling=st.sampled_from((None, None, None, "last", "mean", "first")),
@@ -96,6 +104,8 @@ class EngineMachine(RuleBasedStateMachine):
         priority: int,
         profile: Profile,
         policy: int,
+        gang: int,
+        begun: list[int],
         seed: int | None,
         ends: list[int],
         pooling: Pooling | None,
@@ -124,6 +134,8 @@ class EngineMachine(RuleBasedStateMachine):
             priority=priority,
             profile=profile,
             policy=policy,
+            gang=gang,
+            begun=begun,
             boundaries=boundaries,
             pooling=pooling,
         )

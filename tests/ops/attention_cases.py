@@ -15,6 +15,7 @@ from torch import Tensor
 from headrace.contracts.cache import attention_layout
 from headrace.kv.arena import KVArena
 from headrace.ops.paged import AttentionSpec, LayerCache, PagedPlane, StepShape
+from headrace.ops.reference import rotate
 
 Rows = tuple[tuple[int, int], ...]
 """(queries, past slots) of each row."""
@@ -192,6 +193,20 @@ class AttentionCase:
         if score_sums is not None:
             score_sums = score_sums.cpu()
         return Outcome(out.cpu(), lse.cpu(), score_sums, pages.cpu())
+
+    def read_again(self, make: Callable[..., Any], device: str = "cpu") -> tuple[Outcome, Outcome]:
+        """What the step gave, and what its queries then find in the cache. One query per row."""
+        pages, cache, shape = self._filled(device, blank=True)
+        attention = make(device, self.dtype)
+        q, k, v = self.qkv.to(device).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        cos, sin = (x.to(device) for x in self.angles)
+        plan = attention.plan(shape, cache.keys)
+        out, lse = attention.attend(q, k, v, cos, sin, cache, self.spec, plan)
+        first = Outcome(out.cpu(), lse.cpu(), None, pages.cpu().clone())
+        # A plan of its own, as for rows of which nothing is written.
+        plan = attention.plan(shape, cache.keys)
+        out, lse = attention.attend_cached(rotate(q, cos, sin), cache, self.spec, plan)
+        return first, Outcome(out.cpu(), lse.cpu(), None, pages.cpu())
 
     def by_definition(self) -> tuple[Tensor, Tensor, Tensor]:
         """Output, log-sum-exp and score sums in fp64, query by query."""

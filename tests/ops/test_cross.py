@@ -70,6 +70,18 @@ def test_the_reference_is_attention(case: AttentionCase) -> None:
     torch.testing.assert_close(found.sums.double(), sums, rtol=1e-5, atol=4 * error)
 
 
+def reads_alone(case: AttentionCase) -> bool:
+    """Whether its rows have one query each, which sees all of a row's slots."""
+    return case.window is None and case.groups == 1 and {length for length, _ in case.rows} == {1}
+
+
+@pytest.mark.parametrize("version", VERSIONS["attention"])
+@pytest.mark.parametrize("case", [c for c in ATTENTION_CASES if reads_alone(c)], ids=str)
+def test_what_is_cached_is_attended_to_alike(case: AttentionCase, version: str) -> None:
+    written, found = case.read_again(VERSIONS["attention"][version])
+    found.assert_close(written, {"rtol": 0, "atol": 1e-6}, 1e-6)
+
+
 @pytest.mark.parametrize("case", [c for c in FLOATS if c.block_size == 16], ids=str)
 def test_long_chunks_go_in_parts(case: AttentionCase, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = case.run(VERSIONS["attention"]["matmul"])

@@ -13,11 +13,14 @@ from torch import Tensor
 from headrace.contracts.cache import attention_layout
 from headrace.kv.arena import KVArena
 from headrace.ops import extension
+from headrace.ops.attention import PagedAttention, flash_kernel
+from headrace.ops.chosen_attention import ChosenAttention
 from headrace.ops.native_attention import NativeAttention
 from headrace.ops.paged import AttentionSpec, LayerCache, PagedPlane, StepShape
 from headrace.ops.reference import ReferenceAttention
 from tests.ops.attention_cases import NATIVE_CASES, AttentionCase, Outcome
 from tests.ops.function_cases import TOLERANCES
+from tests.ops.test_cross import reads_alone
 
 MODULE = extension.extension()
 assert MODULE is not None, "the tests need the native kernels: build the package with a compiler"
@@ -55,6 +58,22 @@ def assert_right(found: Outcome, case: AttentionCase) -> None:
 def test_agrees(case: AttentionCase, isa: str) -> None:
     """What follows a context in its last page is NaN, and is not read."""
     assert_right(case.run(maker(isa), blank=False, sums=True), case)
+
+
+@pytest.mark.parametrize("case", [c for c in NATIVE_CASES if reads_alone(c)], ids=str)
+def test_what_is_cached_is_read_by_another_version(case: AttentionCase) -> None:
+    """It writes whatever it is given; the next version reads what it wrote."""
+    with pytest.raises(ValueError, match="always writes"):
+        case.read_again(maker(ISAS[-1]))
+
+    def choose(device: str, dtype: torch.dtype) -> ChosenAttention:
+        dense = PagedAttention(flash_kernel, device, dtype)
+        return ChosenAttention([maker(ISAS[-1])(device, dtype), dense])
+
+    written, found = case.read_again(choose)
+    # Of int8, the other version rounds what scales make of it to halves.
+    error = 2**-5 if case.cache == "int8" else 1e-3
+    found.assert_close(written, {"rtol": 2**-7, "atol": max(error, 2**-7)}, error)
 
 
 @pytest.mark.parametrize("threads", [1, 3, 7])

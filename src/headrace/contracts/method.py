@@ -22,6 +22,7 @@ class Property(Enum):
     PLAIN_ENTRIES = "cached keys and values are stored as attention computes with them"
     TOKEN_ORDER = "slots hold the tokens in their order, the same ones in every head"
     WHOLE_PAST = "the cache holds every token of the past, in every layer and head"
+    OWN_CONTEXT = "a sequence sees its own tokens and no others"
 
     def __repr__(self) -> str:
         return self.name
@@ -61,12 +62,14 @@ class ModelFacts:
         layers: what each keeps of a sequence.
         context: tokens of a sequence at most.
         causal: whether a token is computed from those before it alone.
+        rotary: whether positions reach it only as rotations of queries and keys in attention.
     """
 
     layers: tuple[LayerState, ...]
     context: int
     vocab_size: int
     causal: bool
+    rotary: bool = True
 
 
 class Method(ABC):

@@ -50,6 +50,26 @@ class SampleState:
         return self.end_token_ids if below else ()
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a row's context that the step only reads: what was cached before it.
+
+    Its keys are not touched: queries are turned to positions at which the distances are those of
+    the order in which the reader sees its segments.
+
+    Args:
+        table_row: of its owner in the page tables, who may be the reader.
+        begin: its first slot there, a multiple of the block size.
+        length: slots, as many as are read.
+        shift: what is added to the position of an input when it reads them.
+    """
+
+    table_row: int
+    begin: int
+    length: int
+    shift: int
+
+
 @dataclass(slots=True)
 class Compaction:
     """What becomes of a row's slots when its inputs have been fed.
@@ -86,6 +106,9 @@ class PlanRow:
         observer: watches the attention of the inputs, if any does.
         compaction: what becomes of the slots after the step.
         num_quiet: so many of the inputs come before the first one that a token is drawn from.
+        begin: the slot at which the row's own context begins, a multiple of the block size. What
+            lies before it is not read but through segments.
+        segments: what the inputs see beside the row's own context.
     """
 
     sequence: int
@@ -103,6 +126,8 @@ class PlanRow:
     first: bool = False
     observer: SlotPolicy | None = None
     compaction: Compaction | None = None
+    begin: int = 0
+    segments: Sequence[Segment] = ()
 
 
 @dataclass(slots=True)

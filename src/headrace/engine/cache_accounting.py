@@ -9,6 +9,7 @@ import numpy as np
 from headrace.contracts.cache import CacheLayout
 from headrace.contracts.kv_policy import KVPolicy, SealedPages
 from headrace.contracts.step import PageTables, StepPlan
+from headrace.engine.gang import Gang
 from headrace.engine.page_pool import PagePool
 from headrace.engine.prefix_tree import PrefixTree, SealedRun
 from headrace.engine.sequence import Sequence
@@ -74,7 +75,8 @@ class CacheAccounting:
         request = sequence.request
         if not self._share or request.needs_all_inputs:
             return []
-        known = min(len(sequence.token_ids) - 1, request.num_shareable)
+        known = len(sequence.token_ids if request.gang is None else request.prompt_token_ids)
+        known = min(known - 1, request.num_shareable)
         limit = known // self.layout.block_size
         if request.schedule is not None:
             return self.tree.match_compacted(
@@ -105,7 +107,11 @@ class CacheAccounting:
             idle = sum(len(run.pages) for run in runs if run.users == 0)
             held = sum(len(run.pages) for run in runs)
             return most * self._num_groups - held + idle
-        new = self.layout.pages_for(len(sequence.token_ids)) - len(runs)
+        gang = sequence.request.gang
+        if gang is None:
+            new = self.layout.pages_for(len(sequence.token_ids)) - len(runs)
+        else:
+            new = gang.num_columns(self.layout) - len(runs)
         policy = sequence.request.kv_policy
         if policy is not None:
             most = policy.most_pages(new) + self.layout.pages_for(self._chunk) + 1
@@ -121,7 +127,7 @@ class CacheAccounting:
 
     def admit(self, sequence: Sequence, runs: list[SealedRun]) -> None:
         """Give a waiting sequence a table row and the runs that ``match`` found."""
-        sequence.table_row = self._free_rows.pop()
+        self.take_row(sequence)
         sequence.tail = []
         if runs and runs[-1].tokens:
             self._hold_compacted(sequence, runs[-1])
@@ -133,6 +139,10 @@ class CacheAccounting:
             self._append_run(sequence, run, index >= sequence.num_passed)
         sequence.num_fed = sequence.num_slots = sequence.next_position = slots
         sequence.num_adopted = slots
+
+    def take_row(self, sequence: Sequence) -> None:
+        """Give a sequence that has no pages yet a table row."""
+        sequence.table_row = self._free_rows.pop()
 
     def _append_run(self, sequence: Sequence, run: SealedRun, in_window: bool = True) -> None:
         self.tree.hold(run)
@@ -322,7 +332,28 @@ class CacheAccounting:
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let ``child`` share every page of ``parent``; writers copy the last one later."""
-        child.table_row = self._free_rows.pop()
+        self.take_row(child)
+        self._adopt(parent, child)
+
+    def part(self, gang: Gang) -> None:
+        """Let all members share the leader's pages, and begin blocks of their own behind them.
+
+        They begin new pages, so that what others see of them begins one.
+        """
+        leader = gang.leader
+        for member in gang.members[1:]:
+            self._adopt(leader, member)
+        begin = self.layout.pages_for(leader.num_slots) * self.layout.block_size
+        for member in gang.members:
+            member.begin = member.num_slots = begin
+
+    def has_slots(self, sequences: Iterable[Sequence]) -> bool:
+        """Whether ``reserve`` would make one slot writable for each of a gang."""
+        size = self.layout.block_size
+        full = sum(s.num_slots == size * (len(s.runs) + len(s.tail)) for s in sequences)
+        return full * self._num_groups <= self.num_available
+
+    def _adopt(self, parent: Sequence, child: Sequence) -> None:
         self.tables[:, child.table_row] = self.tables[:, parent.table_row]
         for index, run in enumerate(parent.runs):
             self.tree.hold(run)

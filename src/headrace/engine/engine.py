@@ -8,12 +8,14 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
 from headrace.contracts.clock import Clock
+from headrace.contracts.gang import GangMethod, gang_method
 from headrace.contracts.outputs import FinishReason, SequenceUpdate, TokenLogprobs
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.stats import EngineStats
 from headrace.contracts.step import Pooling, RowResult, Runner, SampleState, StepPlan, StepResult
 from headrace.contracts.text import TextStreamFactory
+from headrace.engine.gang import Gang, most_gang_tokens
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import Request, Sequence, Status
 from headrace.errors import InvalidRequestError, OverloadedError
@@ -86,12 +88,15 @@ class Engine:
         prompt_token_ids: SequenceOf[int],
         params: SamplingParams,
         pooling: Pooling | None = None,
+        profile: Profile = EXACT,
+        beginnings: SequenceOf[SequenceOf[int]] = (),
     ) -> int:
-        """The number of tokens the request may generate.
+        """The number of tokens each sequence of the request may generate.
 
         Raises:
             InvalidRequestError: the prompt is empty or too long, ``max_tokens`` does not fit
-                behind it, a token id is beyond the vocabulary, or the model does not generate.
+                behind it, a token id is beyond the vocabulary, the model does not generate, or
+                the sequences are a gang for which there will never be room.
         """
         if pooling is None and not self.limits.generates:
             raise InvalidRequestError(
@@ -114,6 +119,8 @@ class Engine:
             raise InvalidRequestError(
                 "prompt", f"has {length} tokens; the context holds {context}, output included"
             )
+        if gang_method(profile.methods, params.n) is not None and params.max_tokens != 0:
+            return self._check_gang(length, params, beginnings)
         if params.max_tokens is None:
             return room
         if params.max_tokens > room:
@@ -123,6 +130,34 @@ class Engine:
                 f"prompt takes {length}; ask for at most {room}",
             )
         return params.max_tokens
+
+    def _check_gang(
+        self, prompt: int, params: SamplingParams, beginnings: SequenceOf[SequenceOf[int]]
+    ) -> int:
+        """``check_request`` of sequences that run together."""
+        limit, accounting = self.scheduler.limit, self.scheduler.accounting
+        for room, option in (
+            (limit.rows, "max_num_seqs"),
+            (limit.tokens, "max_num_batched_tokens"),
+        ):
+            if params.n > room:
+                raise InvalidRequestError(
+                    "n",
+                    f"{params.n} sequences that see each other advance together, and a step has "
+                    f"room for {room}; ask for fewer, or raise {option}",
+                )
+        headers = [len(each) for each in beginnings] or [0] * params.n
+        context, pages = self.limits.max_model_len, accounting.pool.num_pages
+        columns = accounting.tables.shape[2]
+        most = most_gang_tokens(prompt, headers, context, accounting.layout, pages, columns)
+        if most < (params.max_tokens or 1):
+            raise InvalidRequestError(
+                "max_tokens",
+                f"{params.n} sequences that see each other have room for {most} tokens each behind "
+                f"a prompt of {prompt} and headers of {sum(headers)}: the context holds {context}, "
+                f"the KV cache {pages} pages; ask for less, or for fewer sequences",
+            )
+        return params.max_tokens or most
 
     def add_request(
         self,
@@ -134,6 +169,7 @@ class Engine:
         profile: Profile = EXACT,
         boundaries: tuple[int, ...] = (),
         pooling: Pooling | None = None,
+        beginnings: SequenceOf[SequenceOf[int]] = (),
     ) -> None:
         """Queue a request; its updates come from later steps.
 
@@ -141,6 +177,8 @@ class Engine:
             boundaries: counts of prompt tokens; what lies before one is fed, and sealed as far as
                 pages are full, before anything behind it.
             pooling: an embedding is wanted, and ``max_tokens`` is 0.
+            beginnings: of a gang, tokens that each sequence's block begins with; they are no part
+                of its output.
 
         Raises:
             InvalidRequestError: see ``check_request``; or the id is in use.
@@ -150,7 +188,7 @@ class Engine:
             raise InvalidRequestError("request_id", f"{request_id!r} is already running")
         if not isinstance(priority, int):
             raise InvalidRequestError("priority", f"must be an integer, got {priority!r}")
-        max_tokens = self.check_request(prompt_token_ids, params, pooling)
+        max_tokens = self.check_request(prompt_token_ids, params, pooling, profile, beginnings)
         if self.queue_is_full:
             raise OverloadedError(
                 f"{len(self.scheduler.waiting)} requests are waiting already; try again later"
@@ -179,6 +217,9 @@ class Engine:
             self._next_number += 1
             request.sequences.append(sequence)
             self._sequences[sequence.number] = sequence
+        method = gang_method(profile.methods, params.n)
+        if method is not None and max_tokens > 0:
+            self._make_gang(request, method, beginnings)
         self._requests[request_id] = request
         self._counts["prompt_tokens"] += len(prompt_token_ids)
         if max_tokens == 0 and not request.num_unscored and pooling is None:
@@ -201,6 +242,17 @@ class Engine:
                 f"reducing slots takes up to {needed} pages at once, and there are "
                 f"{accounting.pool.num_pages}; lower the budget or raise kv_cache_memory_bytes",
             )
+
+    @staticmethod
+    def _make_gang(
+        request: Request, method: GangMethod, beginnings: SequenceOf[SequenceOf[int]]
+    ) -> None:
+        request.gang = Gang(request.sequences, method)
+        # The leader feeds no more than the prompt before they part.
+        prompt = len(request.prompt_token_ids)
+        request.boundaries = (*(end for end in request.boundaries if end < prompt), prompt)
+        for sequence, tokens in zip(request.sequences, beginnings, strict=False):
+            sequence.token_ids += tokens
 
     @property
     def queue_is_full(self) -> bool:
@@ -280,6 +332,8 @@ class Engine:
         sequence.num_slots += count
         sequence.next_position += count
         self.scheduler.accounting.seal(sequence)
+        if request.gang is not None and request.gang.can_part:
+            self.scheduler.accounting.part(request.gang)
 
     def _commit_outputs(self, sequence: Sequence, outcome: RowResult) -> None:
         """Advance one sequence by what its row produced."""
@@ -287,7 +341,7 @@ class Engine:
         if outcome.tokens:
             parting = len(outcome.tokens) > 1
             takers = list(request.sequences) if parting else [sequence]
-            if parting:
+            if parting and request.gang is None:
                 self._fork(sequence, takers[1:])
             for taker, token, logprobs in zip(
                 takers, outcome.tokens, outcome.logprobs, strict=True
@@ -353,8 +407,12 @@ class Engine:
         update.error = error
         update.embedding = request.embedding if reason == "length" else None
         self.scheduler.remove(sequence)
-        del self._sequences[sequence.number]
         request.unfinished -= 1
+        if request.gang is None:
+            del self._sequences[sequence.number]
+        elif request.unfinished == 0:
+            for member in request.gang.members:
+                del self._sequences[member.number]
         if request.unfinished == 0:
             request.metrics.finished_time = self.clock.now()
             update.request_finished = True
@@ -386,7 +444,7 @@ class Engine:
         return replace(
             self._stats,
             waiting=len(scheduler.waiting),
-            running=len(scheduler.running),
+            running=len(scheduler.holders),
             pages_used=accounting.pool.num_pages - accounting.num_available,
             pages_cached=accounting.num_cached,
             pages_peak=scheduler.pages_peak,
@@ -398,14 +456,16 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Prove the invariants of requests, scheduler and pages. Raises AssertionError."""
-        running = self.scheduler.running.items
+        running = self.scheduler.holders
         self.scheduler.accounting.check_integrity(running)
-        scheduled = {s.number for s in (*running, *self.scheduler.waiting)}
+        waiting = [each for first in self.scheduler.waiting for each in first.together]
+        scheduled = {s.number for s in (*running, *waiting)}
         for sequence in self._sequences.values():
             queued = sequence.status is not Status.NEW
             if queued != (sequence.number in scheduled):
                 raise AssertionError(f"sequence {sequence.number} is lost")
-            if sequence.num_pending < 1 and sequence.request.max_tokens > 0:
+            ended = sequence.status is Status.FINISHED
+            if sequence.num_pending < 1 and sequence.request.max_tokens > 0 and not ended:
                 raise AssertionError(f"sequence {sequence.number} has nothing to feed")
         if scheduled - self._sequences.keys():
             raise AssertionError("a finished sequence is still scheduled")

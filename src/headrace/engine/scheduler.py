@@ -10,6 +10,7 @@ import numpy as np
 from headrace.contracts.scheduling import SchedulerPolicy, StepBudget
 from headrace.contracts.step import Compaction, PlanRow, SampleState, StepPlan
 from headrace.engine.cache_accounting import CacheAccounting
+from headrace.engine.gang import Gang
 from headrace.engine.sequence import Sequence, Status
 
 ADMISSION_RESERVE = 0.01
@@ -53,6 +54,9 @@ class Scheduler:
     of its place, and longer ones share what is left of the budget in chunks. When pages run out,
     the last sequence in order is preempted: it loses its pages and waits to be computed again.
 
+    A gang is in these orders as its leader. Its members feed one input each, all in one step or
+    none of them: it waits a step where there is not enough of the budget left for all.
+
     With ``whole_prompts``, a prompt is fed in one step, which must have room for any.
     """
 
@@ -79,13 +83,19 @@ class Scheduler:
         plan = StepPlan()
         self._overtake(now)
         budget = self.policy.budget(self.running.items, self.limit)
-        singles = sum(sequence.num_pending == 1 for sequence in self.running)
+        singles = sum(
+            len(feeding_members(sequence)) if sequence.begin else sequence.num_pending == 1
+            for sequence in self.running
+        )
         spare = max(1, budget.tokens - singles)
         left = budget.tokens
         for sequence in list(self.running):
             if len(plan.rows) >= budget.rows or left == 0:
                 break
-            if sequence.status is not Status.RUNNING:
+            if sequence.table_row < 0:
+                continue
+            if sequence.begin:
+                left -= self._schedule_gang(sequence, budget.rows, left, plan)
                 continue
             single = sequence.num_pending == 1
             count = self._schedule(sequence, min(left, 1 if single else spare), plan)
@@ -113,10 +123,26 @@ class Scheduler:
             note_compaction(plan.rows[-1], sequence)
         return count
 
+    def _schedule_gang(self, leader: Sequence, rows: int, most: int, plan: StepPlan) -> int:
+        """Plan an input of each member that feeds one, preempting if it must."""
+        feeding = feeding_members(leader)
+        if len(feeding) > min(most, rows - len(plan.rows)):
+            return 0
+        while not self.accounting.has_slots(feeding):
+            victim = self.running.items[self.policy.victim(self.running.items)]
+            self.preempt(victim)
+            if victim is leader:
+                return 0
+        for member in feeding:
+            self.accounting.reserve(member, 1, plan)
+            plan.rows.append(plan_row(member, 1))
+        return len(feeding)
+
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it waits, and its known tokens are fed again."""
         self.running.remove(sequence)
-        self.accounting.release(sequence)
+        for each in sequence.together:
+            self.accounting.release(each)
         sequence.request.metrics.num_preemptions += 1
         self.num_preemptions += 1
         self.enqueue(sequence)
@@ -149,10 +175,13 @@ class Scheduler:
         needed = self.accounting.pages_to_admit(sequence, runs)
         if self.running:
             needed += int(self.accounting.pool.num_pages * ADMISSION_RESERVE)
-        if not self.accounting.num_free_rows or needed > self.accounting.num_available:
+        rows = len(sequence.together)
+        if rows > self.accounting.num_free_rows or needed > self.accounting.num_available:
             return False
         self.waiting.remove(sequence)
         self.accounting.admit(sequence, runs)
+        for member in sequence.together[1:]:
+            self.accounting.take_row(member)
         self.start(sequence)
         self._note_first_admission(sequence, now)
         return True
@@ -167,22 +196,54 @@ class Scheduler:
 
     def enqueue(self, sequence: Sequence) -> None:
         """Let a sequence that holds no pages wait for them."""
-        sequence.status = Status.WAITING
+        _set_status(sequence, Status.WAITING)
         self.waiting.add(sequence)
 
     def start(self, sequence: Sequence) -> None:
         """Count a sequence that was given pages among the running."""
-        sequence.status = Status.RUNNING
+        _set_status(sequence, Status.RUNNING)
         self.running.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, giving back what it holds."""
-        if sequence.status is Status.RUNNING:
+        """Forget a sequence, giving back what it holds; of a gang, with its last member."""
+        if sequence.request.gang is not None:
+            self._remove_member(sequence, sequence.request.gang)
+        elif sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self.accounting.release(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
+
+    def _remove_member(self, member: Sequence, gang: Gang) -> None:
+        # What it has not fed, it never will: the others see what it has.
+        del member.token_ids[member.num_fed :]
+        if any(each.status is not Status.FINISHED for each in gang.members if each is not member):
+            return
+        if member.status is Status.WAITING:
+            self.waiting.remove(gang.leader)
+        else:
+            self.running.remove(gang.leader)
+            for each in gang.members:
+                self.accounting.release(each)
+
+    @property
+    def holders(self) -> list[Sequence]:
+        """The sequences that have a table row: those that run, and all members of their gangs."""
+        return [each for sequence in self.running for each in sequence.together]
+
+
+def feeding_members(leader: Sequence) -> list[Sequence]:
+    """The members of a gang that has parted which feed an input in the coming step."""
+    gang = leader.request.gang
+    assert gang is not None
+    return gang.feeding
+
+
+def _set_status(sequence: Sequence, status: Status) -> None:
+    for each in sequence.together:
+        if each.status is not Status.FINISHED:
+            each.status = status
 
 
 def plan_row(sequence: Sequence, count: int) -> PlanRow:
@@ -195,8 +256,9 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
     known = sequence.token_ids
     request = sequence.request
     samples: list[SampleState] = []
-    if end == len(known) and request.max_tokens > 0:
-        parted = bool(sequence.state.output_token_ids)
+    ended = sequence.status is Status.FINISHED
+    if end == len(known) and request.max_tokens > 0 and not ended:
+        parted = bool(sequence.state.output_token_ids) or sequence.begin > 0
         samples = [sequence.state] if parted else [s.state for s in request.sequences]
     score_ids: list[int] = []
     if request.num_unscored and end + request.num_unscored >= len(request.prompt_token_ids):
@@ -215,6 +277,8 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
         methods=request.profile.methods,
         first=start == sequence.num_adopted,
         num_quiet=min(count, max(0, len(request.prompt_token_ids) - 1 - start)),
+        begin=sequence.begin,
+        segments=request.gang.segments(sequence) if request.gang and sequence.begin else (),
     )
 
 

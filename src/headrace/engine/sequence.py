@@ -16,6 +16,7 @@ from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.slot_policy import CompactionSchedule, SlotPolicy
 from headrace.contracts.step import Pooling, SampleState
 from headrace.contracts.text import TextStream
+from headrace.engine.gang import Gang
 from headrace.engine.prefix_tree import SealedRun
 
 
@@ -38,10 +39,12 @@ class Request:
     step than what lies before it. With ``pooling``, nothing is generated: ``pooled`` gathers what
     makes the embedding. Of each sequence, the first ``num_shareable`` tokens have KV that others
     may share; ``kv_policy`` or ``slot_policy``, with its ``schedule``, decide what it keeps.
+    ``gang``: of its sequences, if they are one.
     """
 
     __slots__ = (
         "boundaries",
+        "gang",
         "kv_policy",
         "max_tokens",
         "metrics",
@@ -91,6 +94,7 @@ class Request:
         self.num_shareable = sys.maxsize if shared is None else shared
         self.metrics = RequestMetrics(arrival_time)
         self.sequences: list[Sequence] = []
+        self.gang: Gang | None = None
         self.unfinished = params.n
         wanted = params.prompt_logprobs is not None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if wanted else None
@@ -132,11 +136,13 @@ class Sequence:
     (columns of writable pages, one page per cache group). ``num_sealed`` runs there have been, of
     which those with ``ordinals`` are left; of the first ``num_passed`` the sequence no longer holds
     the pages with a window. Where slots have been reduced, ``compacted`` comes in place of the
-    runs, and ``spare`` columns are what the compaction of this step fills.
+    runs, and ``spare`` columns are what the compaction of this step fills. Its own context begins
+    at slot ``begin``; see ``PlanRow``.
     """
 
     __slots__ = (
         "arrival",
+        "begin",
         "compacted",
         "index",
         "next_position",
@@ -181,8 +187,14 @@ class Sequence:
         self.compacted: SealedRun | None = None
         self.spare: list[list[int]] = []
         self.num_fed = self.num_slots = self.next_position = 0
-        self.num_sealed = self.num_passed = 0
+        self.num_sealed = self.num_passed = self.begin = 0
         self.num_adopted = -1
+
+    @property
+    def together(self) -> list[Sequence]:
+        """The sequences that wait, run and are preempted as one, of which it is the first."""
+        gang = self.request.gang
+        return [self] if gang is None else gang.members
 
     @property
     def priority(self) -> int:
@@ -215,4 +227,4 @@ class Sequence:
         self.compacted = None
         self.spare = []
         self.num_fed = self.num_slots = self.next_position = 0
-        self.num_sealed = self.num_passed = 0
+        self.num_sealed = self.num_passed = self.begin = 0

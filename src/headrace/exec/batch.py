@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow
+from headrace.exec.segments import SegmentReads, pages_from, read_segments
 from headrace.exec.slot_statistics import ObservedRow
 from headrace.exec.taps import TappedRows
 from headrace.kv.arena import KVArena
@@ -31,6 +32,7 @@ class ForwardBatch:
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
         tapped: name of a method with a tap -> the inputs that it is for.
         observed: the rows whose attention is noted.
+        segments: what inputs read beside the own context of their rows.
     """
 
     input_ids: Tensor
@@ -39,7 +41,8 @@ class ForwardBatch:
     attention: list[Any]
     adapted: Sequence[tuple[str, Tensor]]
     tapped: Mapping[str, Sequence[TappedRows[Any]]]
-    observed: Sequence[ObservedRow]
+    observed: Sequence[ObservedRow] = ()
+    segments: SegmentReads | None = None
 
 
 class BatchBuilder:
@@ -76,24 +79,25 @@ class BatchBuilder:
         ids = [token for row in rows for token in row.input_ids]
         positions = [position for row in rows for position in row.positions]
         lengths = np.array([len(row.input_ids) for row in rows])
-        past = np.array([row.slot for row in rows])
+        begins = np.array([row.begin for row in rows])
+        past = np.array([row.slot for row in rows]) - begins
         used = [row.table_row for row in rows]
-        pages = self._arena.layout.pages_for(int((past + lengths).max()))
+        size = self._arena.layout.block_size
         plans = []
         for group in self._groups:
             plane = self._arena.group_plane(group)
-            shape = StepShape.of_one_group(lengths, past, tables[group, used, :pages], plane.heads)
+            pages = pages_from(tables[group], used, begins, past + lengths, size)
+            shape = StepShape.of_one_group(lengths, past, pages, plane.heads)
             plans.append(self._ops.attention.plan(shape, plane))
-        spans = RowSpans(lengths.tolist(), used)
-        ids_of, places = self._tensor(ids), self._tensor(positions)
         return ForwardBatch(
-            ids_of,
-            places,
-            spans,
+            self._tensor(ids),
+            self._tensor(positions),
+            RowSpans(lengths.tolist(), used),
             plans,
             self._adapted(rows),
             self._tapped(rows),
             self._observed(rows, tables),
+            read_segments(rows, tables, self._arena, self._ops.attention, self._ops.device),
         )
 
     def _adapted(self, rows: Sequence[PlanRow]) -> list[tuple[str, Tensor]]:
@@ -159,4 +163,6 @@ def _single_input(row: PlanRow, index: int) -> PlanRow:
         methods=row.methods,
         num_quiet=int(index < row.num_quiet),
         observer=row.observer,
+        begin=row.begin,
+        segments=row.segments,
     )

@@ -37,6 +37,7 @@ class LayerContext:
         self._arena = arena
         self._ops = ops
         self._angles: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
+        self._segment_angles: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
 
     def attend(
         self,
@@ -50,16 +51,15 @@ class LayerContext:
     ) -> Tensor:
         """See ``AttentionContext``."""
         cos, sin = self.angles(rotary)
-        out, lse = self._ops.attention.attend(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            self._arena.cache(layer),
-            spec,
-            self._batch.attention[self._arena.group_of(layer)],
-        )
+        attention, cache = self._ops.attention, self._arena.cache(layer)
+        group, segments = self._arena.group_of(layer), self._batch.segments
+        out, lse = attention.attend(q, k, v, cos, sin, cache, spec, self._batch.attention[group])
+        if segments is not None:
+            if rotary not in self._segment_angles:
+                found = rotary.cos_sin(segments.positions, self._ops.dtype)
+                self._segment_angles[rotary] = found
+            seen_from = self._segment_angles[rotary]
+            out, lse = segments.merge(q, (out, lse), seen_from, attention, cache, spec, group)
         for row in self._batch.observed:
             assert self._statistics is not None
             inputs = slice(row.start, row.start + row.queries)

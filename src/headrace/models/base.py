@@ -134,6 +134,8 @@ class DecoderModel(ABC):
     """Whether a token is computed from those before it alone; else the model makes embeddings, and
     nothing is generated.
     """
+    rotary_attention: ClassVar[bool] = True
+    """Whether positions reach it only through ``AttentionContext.attend``, as rotations."""
 
     @abstractmethod
     def __init__(self, config: dict[str, Any], weights: WeightSource, ops: Ops) -> None:

@@ -267,10 +267,7 @@ class PagedAttention(Attention[PagedPlan]):
         k = _store(cache.keys, plan, k)
         width = spec.value_width
         v = _store(cache.values, plan, v) if width is None else k[..., :width]
-        if spec.window not in plan.by_window:
-            arranged = self._arrange(plan.shape, cache.keys.block_size, spec.window)
-            plan.by_window[spec.window] = arranged
-        rows = plan.by_window[spec.window]
+        rows = self._arrangement(plan, cache.keys.block_size, spec.window)
         if rows.whole and rows.singles:
             return self._attend_singles(q, cache, spec, rows.singles[0])
         if rows.whole:
@@ -285,6 +282,22 @@ class PagedAttention(Attention[PagedPlan]):
             part = self._attend_chunks(q[where], k[where], v[where], cache, spec, chunk)
             out[where], lse[where] = part
         return out, lse
+
+    def attend_cached(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, plan: PagedPlan
+    ) -> tuple[Tensor, Tensor]:
+        rows = self._arrangement(plan, cache.keys.block_size, spec.window)
+        out = q.new_empty((*q.shape[:2], spec.value_width or cache.values.width))
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        for single in rows.singles:
+            part = self._attend_singles(q[single.queries], cache, spec, single)
+            out[single.queries], lse[single.queries] = part
+        return out, lse
+
+    def _arrangement(self, plan: PagedPlan, size: int, window: int | None) -> Arrangement:
+        if window not in plan.by_window:
+            plan.by_window[window] = self._arrange(plan.shape, size, window)
+        return plan.by_window[window]
 
     def _attend_singles(
         self, q: Tensor, cache: LayerCache, spec: AttentionSpec, rows: SingleQueries

@@ -237,3 +237,22 @@ class Attention(ABC, Generic[Plan]):
         Raises:
             ValueError: this version does not sum scores.
         """
+
+    @abstractmethod
+    def attend_cached(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, plan: Plan
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to what is cached already, and write nothing.
+
+        Args:
+            q: ``[R, heads, width]``: rotated.
+            spec: without a window.
+            plan: of a step whose rows have one query each. Each sees its row's whole context, the
+                slot after the past included.
+
+        Returns:
+            As ``attend``.
+
+        Raises:
+            ValueError: this version always writes.
+        """

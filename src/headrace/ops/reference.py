@@ -157,6 +157,22 @@ class ReferenceAttention(Attention[ReferencePlan]):
                 start += length
         return out.view(*q.shape[:2], -1).to(q.dtype), lse.view(q.shape[:2])
 
+    def attend_cached(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, plan: ReferencePlan
+    ) -> tuple[Tensor, Tensor]:
+        by_kv_head = q.float().view(len(q), cache.keys.heads, -1, q.shape[-1])
+        width = spec.value_width or cache.values.width
+        out = by_kv_head.new_empty((*by_kv_head.shape[:3], width))
+        lse = torch.empty(by_kv_head.shape[:3], dtype=torch.float32, device=q.device)
+        for head, group in enumerate(plan.shape.head_group.tolist()):
+            for row, context in enumerate(plan.shape.contexts[group].tolist()):
+                pages = plan.pages[group][row]
+                keys, values = (x.read(head, pages)[:context] for x in (cache.keys, cache.values))
+                query = by_kv_head[row : row + 1, head]
+                found = attend_densely(query, keys, values[:, :width], spec)
+                out[row : row + 1, head], lse[row : row + 1, head], _ = found
+        return out.view(*q.shape[:2], -1).to(q.dtype), lse.view(q.shape[:2])
+
 
 def attend_densely(
     q: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec
