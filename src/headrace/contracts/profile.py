@@ -26,6 +26,26 @@ class Profile:
         counts = [method.shared_tokens(prompt_tokens) for method in self.methods]
         return min((count for count in counts if count is not None), default=None)
 
+    def boundaries(self, prompt_tokens: int) -> set[int]:
+        """Counts of prompt tokens at which a chunk has to end."""
+        return {end for method in self.methods for end in method.boundaries(prompt_tokens)}
+
+    @property
+    def needs_all_inputs(self) -> bool:
+        """Whether a method has to see every input, cached or not."""
+        return any(method.needs_all_inputs for method in self.methods)
+
+    @property
+    def conflict(self) -> str | None:
+        """Why its parts do not go together; ``None`` if they do."""
+        for method in self.methods:
+            if self.adapter and not method.takes_adapters:
+                return (
+                    f"{method.name()} computes with the weights of the model alone; leave it or "
+                    "the adapter out"
+                )
+        return None
+
 
 EXACT = Profile()
 """The unmodified model."""

@@ -67,6 +67,7 @@ class PlanRow:
         adapter: key of the adapter that the inputs go through; "": none.
         methods: of the request, as it chose them.
         num_quiet: so many of the inputs come before the first one that a token is drawn from.
+        num_prompt: so many of the inputs are of the prompt, the others were generated.
     """
 
     sequence: int
@@ -81,6 +82,12 @@ class PlanRow:
     adapter: str = ""
     methods: tuple[Method, ...] = ()
     num_quiet: int = 0
+    num_prompt: int = 0
+
+    @property
+    def ends_prompt(self) -> bool:
+        """Whether the prompt's last token is among the inputs: the first that is drawn from."""
+        return self.num_prompt > self.num_quiet
 
 
 @dataclass(slots=True)

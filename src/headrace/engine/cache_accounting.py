@@ -251,7 +251,7 @@ class CacheAccounting:
         for column in parent.tail:
             for page in column:
                 self.pool.retain(page)
-        if self.layout.states:
+        if self.layout.all_states:
             self._state_copies.append((parent.table_row, child.table_row))
         child.runs = list(parent.runs)
         child.ordinals = list(parent.ordinals)

@@ -210,4 +210,5 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
         adapter=request.profile.adapter,
         methods=request.profile.methods,
         num_quiet=min(count, max(0, len(request.prompt_token_ids) - 1 - start)),
+        num_prompt=min(count, max(0, len(request.prompt_token_ids) - start)),
     )

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow
+from headrace.exec.neurons import NeuronRouter
 from headrace.exec.taps import TappedRows
 from headrace.kv.arena import KVArena
+from headrace.models.base import NeuronStep
 from headrace.ops.paged import StepShape
 from headrace.ops.recurrent import RowSpans
 from headrace.ops.table import Ops
@@ -29,6 +31,7 @@ class ForwardBatch:
         attention: one plan per cache group.
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
         tapped: name of a method with a tap -> the inputs that it is for.
+        neurons: which inputs go through some neurons only, if any do.
     """
 
     input_ids: Tensor
@@ -37,6 +40,7 @@ class ForwardBatch:
     attention: list[Any]
     adapted: Sequence[tuple[str, Tensor]]
     tapped: Mapping[str, Sequence[TappedRows[Any]]]
+    neurons: NeuronStep | None = None
 
 
 class BatchBuilder:
@@ -46,11 +50,18 @@ class BatchBuilder:
 
     Args:
         tapping: names of the methods that have taps.
+        neurons: sends inputs through some neurons; ``None`` if nothing asks for that.
     """
 
     def __init__(
-        self, arena: KVArena, ops: Ops, causal: bool = True, tapping: Collection[str] = ()
+        self,
+        arena: KVArena,
+        ops: Ops,
+        causal: bool = True,
+        tapping: Collection[str] = (),
+        neurons: NeuronRouter | None = None,
     ) -> None:
+        self._neurons = neurons
         self._arena = arena
         self._tapping = tapping
         self._ops = ops
@@ -83,7 +94,11 @@ class BatchBuilder:
             plans.append(self._ops.attention.plan(shape, plane))
         spans = RowSpans(lengths.tolist(), used)
         ids_of, places = self._tensor(ids), self._tensor(positions)
-        return ForwardBatch(ids_of, places, spans, plans, self._adapted(rows), self._tapped(rows))
+        adapted, tapped = self._adapted(rows), self._tapped(rows)
+        batch = ForwardBatch(ids_of, places, spans, plans, adapted, tapped)
+        if self._neurons is not None:
+            batch.neurons = self._neurons.step(rows, self._arena, bool(adapted))
+        return batch
 
     def _adapted(self, rows: Sequence[PlanRow]) -> list[tuple[str, Tensor]]:
         """The inputs that go through adapters, by adapter."""
@@ -130,4 +145,5 @@ def _single_input(row: PlanRow, index: int) -> PlanRow:
         adapter=row.adapter,
         methods=row.methods,
         num_quiet=int(index < row.num_quiet),
+        num_prompt=int(index < row.num_prompt),
     )

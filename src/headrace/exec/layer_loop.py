@@ -12,7 +12,7 @@ from headrace.contracts.step import Pooling
 from headrace.exec.batch import ForwardBatch
 from headrace.exec.taps import Site, Tap
 from headrace.kv.arena import KVArena
-from headrace.models.base import DecoderModel
+from headrace.models.base import DecoderModel, NeuronRoutes
 from headrace.models.layers.rotary import RotaryEmbedding
 from headrace.ops.adapted_linear import AdapterRoutes
 from headrace.ops.paged import AttentionSpec
@@ -119,8 +119,9 @@ class LayerLoop:
         ops: Ops,
         routes: AdapterRoutes,
         taps: Mapping[str, Tap[Any]],
+        neurons: NeuronRoutes | None = None,
     ) -> None:
-        self._routes = routes
+        self._routes, self._neurons = routes, neurons
         self._taps = taps
         self._model = model
         self._arena = arena
@@ -137,6 +138,8 @@ class LayerLoop:
         else:
             context = LayerContext(batch, self._arena, self._ops)
         self._routes.rows = batch.adapted
+        if self._neurons is not None:
+            self._neurons.step = batch.neurons
         hidden = self._model.embed(batch.input_ids, batch.positions)
         for index, layer in enumerate(self._model.layers):
             hidden = layer.mix(context.enter(index, hidden), context)
