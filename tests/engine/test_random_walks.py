@@ -12,7 +12,7 @@ from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
 from headrace.kv.policies.random_eviction import RandomEviction
 from tests.engine.checking_runner import Fault
-from tests.engine.harness import VOCAB, Harness, Setup
+from tests.engine.harness import VOCAB, Harness, Setup, Watching
 
 SETUPS = (
     Setup(pages=9, rows=4, tokens=6),
@@ -35,6 +35,7 @@ SETUPS = (
     Setup(windows=(None, 6), states=True, pages=9, rows=4, tokens=6),
     Setup(windows=(), states=True, rows=3, tokens=6),
     Setup(states=True, pages=12, rows=6, tokens=3),
+    Setup(method_states=True, pages=12, rows=6, tokens=5),
     Setup(causal=False, pages=30, rows=4, tokens=24),
     Setup(causal=False, policy="priority", pages=12, rows=2),
 )
@@ -105,6 +106,8 @@ class Walk:
             prompt_logprobs=0 if rng.random() < 0.25 else None,
         )
         profile = EXACT if rng.random() < 0.8 else Profile(adapter="adapter@1")
+        if self.harness.setup.method_states and rng.random() < 0.5:
+            profile = Profile(methods=(Watching(),))
         pooling: Pooling | None = None
         if not self.harness.setup.causal or rng.random() < 0.15:
             params = SamplingParams(max_tokens=0)

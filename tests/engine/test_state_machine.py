@@ -19,9 +19,14 @@ from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
 from headrace.kv.policies.random_eviction import RandomEviction
 from tests.engine.checking_runner import Fault
-from tests.engine.harness import VOCAB, Harness, Setup
+from tests.engine.harness import VOCAB, Harness, Setup, Watching
 
-PROFILES = (EXACT, Profile(salt="tenant"), Profile(adapter="adapter@1"))
+PROFILES = (
+    EXACT,
+    Profile(salt="tenant"),
+    Profile(adapter="adapter@1"),
+    Profile(methods=(Watching(),)),
+)
 FAULTS = ("early", "submit", "collect", "interrupt", "rows")
 
 
@@ -37,6 +42,7 @@ setups = st.builds(
     prefix_caching=st.booleans(),
     windows=st.sampled_from(((None,), (None, None), (None, 5), (3,), (4, None, 4), ())),
     states=st.booleans(),
+    method_states=st.booleans(),
     block_size=st.sampled_from((1, 2, 3, 4)),
     pages=st.integers(3, 14),
     context=st.integers(4, 24),
