@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from headrace import RequestOutput, SamplingParams
+from headrace.config import EngineConfig
 from headrace.errors import ConfigurationError, InvalidRequestError
+from headrace.loading import quantize_model
 from tests.models.expected import TOLERANCE, Expected, difference, greedy, load, prompt_of
 from tests.support.adapters import write_adapter
 from tests.support.logits import LogitsRecorder
@@ -186,6 +189,32 @@ def test_models_without_a_gated_feed_forward_are_refused(
     message = f"method: {NAME}: needs a gated feed-forward in every layer"
     with pytest.raises(ConfigurationError, match=message):
         load(expectations(name).directory, methods=(METHOD,))
+
+
+def test_packed_checkpoints_are_refused(
+    expectations: Callable[[str], Expected], tmp_path: Path
+) -> None:
+    source = EngineConfig(str(expectations("llama3").directory), weights="w8a8", num_threads=1)
+    quantize_model(source, tmp_path / "packed")
+    with pytest.raises(ConfigurationError, match=f"method: {NAME}: needs plain weights"):
+        load(tmp_path / "packed", methods=(METHOD,))
+
+
+def test_beside_quantized_weights(expectations: Callable[[str], Expected]) -> None:
+    """What goes through all neurons is computed with these, what goes through some is not."""
+    expected = expectations("llama3")
+    options = {"weights": "w8a8", "head_weights": "bf16", "methods": (f"{NAME}:keep=1",)}
+    with load(expected.directory, **options) as llm:
+        recorder = LogitsRecorder(llm)
+        [output] = llm.generate([prompt_of(12)], greedy(6))
+        assert 0 < difference(expected, recorder, output) < 0.5
+
+
+def test_embeddings_are_the_models(expectations: Callable[[str], Expected]) -> None:
+    directory = expectations("llama3").directory
+    with load(directory) as plain, load(directory, methods=(METHOD,)) as llm:
+        found = [each.embed([prompt_of(9)])[0].embedding for each in (plain, llm)]
+    assert np.array_equal(*found)
 
 
 def test_adapters_beside_it_are_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from headrace.contracts.method import Method
+from headrace.errors import InvalidRequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +16,23 @@ class Profile:
         methods: with the request's options, in the engine's order.
         adapter: name and version of the adapter in use.
         salt: keeps the caches of tenants apart.
+
+    Raises:
+        InvalidRequestError: the adapter does not go with a method.
     """
 
     methods: tuple[Method, ...] = ()
     adapter: str = ""
     salt: str = ""
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if self.adapter and not method.takes_adapters:
+                raise InvalidRequestError(
+                    "adapter",
+                    f"{method.name()} computes with the weights of the model alone; leave it or "
+                    "the adapter out",
+                )
 
     def shared_tokens(self, prompt_tokens: int) -> int | None:
         """How many tokens of a sequence have KV that follows from them alone; ``None``: all."""
@@ -34,17 +47,6 @@ class Profile:
     def needs_all_inputs(self) -> bool:
         """Whether a method has to see every input, cached or not."""
         return any(method.needs_all_inputs for method in self.methods)
-
-    @property
-    def conflict(self) -> str | None:
-        """Why its parts do not go together; ``None`` if they do."""
-        for method in self.methods:
-            if self.adapter and not method.takes_adapters:
-                return (
-                    f"{method.name()} computes with the weights of the model alone; leave it or "
-                    "the adapter out"
-                )
-        return None
 
 
 EXACT = Profile()

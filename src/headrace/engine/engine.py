@@ -143,16 +143,13 @@ class Engine:
             pooling: an embedding is wanted, and ``max_tokens`` is 0.
 
         Raises:
-            InvalidRequestError: see ``check_request``; or the id is in use, or what the profile
-                has does not go together.
+            InvalidRequestError: see ``check_request``; or the id is in use.
             OverloadedError: the queue is full.
         """
         if request_id in self._requests:
             raise InvalidRequestError("request_id", f"{request_id!r} is already running")
         if not isinstance(priority, int):
             raise InvalidRequestError("priority", f"must be an integer, got {priority!r}")
-        if profile.conflict is not None:
-            raise InvalidRequestError("adapter", profile.conflict)
         max_tokens = self.check_request(prompt_token_ids, params, pooling)
         if self.queue_is_full:
             raise OverloadedError(
