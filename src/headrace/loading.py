@@ -133,7 +133,8 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     counted = _counted(progress, checkpoint.num_bytes)
     loader = make_loader(checkpoint, architecture.load_map, ops, plan, counted)
     model = architecture(config_for(checkpoint.config, config.max_model_len), loader, ops)
-    neurons = methods.open_neurons(model, NeuronLoader(checkpoint, architecture.load_map, ops))
+    by_neuron = NeuronLoader(checkpoint, architecture.load_map, ops, loader.plan)
+    neurons = methods.open_neurons(model, by_neuron)
     loader.num_bytes += neurons.num_bytes if neurons else 0
     layout = replace(layout, method_states=neurons.planes if neurons else ())
     chunk = step_inputs(config, device, shape.context, architecture.causal)

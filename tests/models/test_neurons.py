@@ -201,13 +201,18 @@ def test_packed_checkpoints_are_refused(
 
 
 def test_beside_quantized_weights(expectations: Callable[[str], Expected]) -> None:
-    """What goes through all neurons is computed with these, what goes through some is not."""
+    """What goes through some neurons has weights in int8 as well."""
     expected = expectations("llama3")
     options = {"weights": "w8a8", "head_weights": "bf16", "methods": (f"{NAME}:keep=1",)}
     with load(expected.directory, **options) as llm:
         recorder = LogitsRecorder(llm)
         [output] = llm.generate([prompt_of(12)], greedy(6))
         assert 0 < difference(expected, recorder, output) < 0.5
+    config = expected.model.config
+    rows = config.num_hidden_layers * 3 * config.intermediate_size
+    with load(expected.directory, **{**options, "methods": ()}) as plain:
+        more = llm.model_info.weight_bytes - plain.model_info.weight_bytes
+    assert more == rows * (config.hidden_size + 4), "a byte for a weight, a scale for a row"
 
 
 def test_embeddings_are_the_models(expectations: Callable[[str], Expected]) -> None:

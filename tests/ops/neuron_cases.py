@@ -32,10 +32,12 @@ class NeuronCase:
     hidden: int
     activation: Activation
     bias: bool
+    quantized: bool = False
 
     def __str__(self) -> str:
         name = "silu" if self.activation is F.silu else "gelu"
-        return f"{self.neurons}x{self.hidden}-{name}{'-bias' if self.bias else ''}"
+        marks = ("-bias" if self.bias else "") + ("-int8" if self.quantized else "")
+        return f"{self.neurons}x{self.hidden}-{name}{marks}"
 
     def tensors(self, dtype: torch.dtype) -> NeuronTensors:
         """The same weights for every call with the same arguments."""
@@ -43,7 +45,8 @@ class NeuronCase:
         weight = torch.randn(self.neurons, 3, self.hidden) / self.hidden**0.5
         inner_bias = torch.randn(self.neurons, 2) if self.bias else None
         bias = torch.randn(self.hidden) if self.bias else None
-        return NeuronTensors(weight.to(dtype), self.activation, inner_bias, bias)
+        tensors = NeuronTensors(weight.to(dtype), self.activation, inner_bias, bias)
+        return tensors.quantized() if self.quantized else tensors
 
     def subsets(self, tokens: int) -> Tensor:
         """Of sizes from one to all, none for some inputs; padded beyond the longest by 2."""
@@ -71,7 +74,8 @@ class NeuronCase:
 ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (F.silu, gelu_tanh)
 
 CASES = [
-    NeuronCase(neurons, hidden, activation, bool(index % 2))
+    NeuronCase(neurons, hidden, activation, bool(index % 2), quantized)
     for index, (neurons, hidden) in enumerate(SIZES)
     for activation in ACTIVATIONS
+    for quantized in (False, True)
 ]

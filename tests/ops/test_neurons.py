@@ -37,10 +37,13 @@ def test_versions_agree(case: NeuronCase, version: str, dtype: torch.dtype) -> N
 def by_definition(x: Tensor, chosen: Tensor, tensors: NeuronTensors) -> Tensor:
     """Neuron by neuron in fp64; SiLU."""
     out = torch.zeros(x.shape, dtype=torch.float64)
+    weight = tensors.weight.double()
+    if tensors.scales is not None:
+        weight = weight * tensors.scales.double()[..., None]
     for row, vector in enumerate(x.double()):
         for neuron in chosen[row].tolist():
             if neuron >= 0:
-                gate_row, up_row, column = tensors.weight[neuron].double()
+                gate_row, up_row, column = weight[neuron]
                 gate, up = float(gate_row @ vector), float(up_row @ vector)
                 if tensors.inner_bias is not None:
                     gate += float(tensors.inner_bias[neuron, 0])
@@ -51,9 +54,10 @@ def by_definition(x: Tensor, chosen: Tensor, tensors: NeuronTensors) -> Tensor:
     return out
 
 
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_reference_is_the_definition(bias: bool) -> None:
-    case = NeuronCase(40, 24, torch.nn.functional.silu, bias)
+def test_the_reference_is_the_definition(bias: bool, quantized: bool) -> None:
+    case = NeuronCase(40, 24, torch.nn.functional.silu, bias, quantized)
     tensors = case.tensors(torch.float32)
     product = ReferenceNeurons(tensors, reference.rms_norm)
     x, chosen, residual = torch.randn(9, 24), case.subsets(9), torch.randn(9, 24)
@@ -64,3 +68,15 @@ def test_the_reference_is_the_definition(bias: bool) -> None:
     wanted = by_definition(normed, chosen, tensors) + residual
     found = product(x, chosen, norm=norm, residual=residual)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_integers_are_the_nearest() -> None:
+    """A row's largest magnitude is 127 steps, and nothing is further off than half a step."""
+    plain = NeuronCase(40, 24, torch.nn.functional.silu, True).tensors(torch.float32)
+    quantized = plain.quantized()
+    assert quantized.scales is not None and quantized.inner_bias is plain.inner_bias
+    steps = quantized.weight.float()
+    assert (steps.abs().amax(2) == 127).all()
+    error = (steps * quantized.scales[..., None] - plain.weight).abs()
+    assert (error <= 0.5001 * quantized.scales[..., None]).all()
+    assert quantized.num_bytes < plain.num_bytes / 2

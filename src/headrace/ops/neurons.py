@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from headrace.ops.linear import RMSNorm
+from headrace.ops.linear import RMSNorm, quantize_activations
 
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 """As ``reference.rms_norm``."""
@@ -24,22 +24,30 @@ class NeuronTensors:
     What one neuron needs lies together in memory, so that k of N neurons read k / N of the bytes.
 
     Args:
-        weight: ``[N, 3, hidden]`` in the compute dtype, without gaps: of each neuron the row of the
-            gate, the row of what it gates, and the column of the product behind them.
+        weight: ``[N, 3, hidden]`` in the compute dtype or int8, without gaps: of each neuron the
+            row of the gate, the row of what it gates, and the column of the product behind them.
         activation: of the gate.
         inner_bias: fp32 ``[N, 2]``, of gate and of what it gates.
         bias: fp32 ``[hidden]``, of the result.
+        scales: fp32 ``[N, 3]`` of int8: what a step of it stands for.
     """
 
     weight: Tensor
     activation: Activation
     inner_bias: Tensor | None = None
     bias: Tensor | None = None
+    scales: Tensor | None = None
+
+    def quantized(self) -> NeuronTensors:
+        """In int8, each row and column with the scale of its largest magnitude."""
+        values, scales = quantize_activations(self.weight.flatten(0, 1), None)
+        shape = self.weight.shape
+        return replace(self, weight=values.view(shape), scales=scales.view(shape[:2]))
 
     @property
     def num_bytes(self) -> int:
         """Of all tensors."""
-        tensors = (self.weight, self.inner_bias, self.bias)
+        tensors = (self.weight, self.inner_bias, self.bias, self.scales)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
@@ -92,7 +100,10 @@ class ReferenceNeurons(NeuronProduct):
             normed = x
         else:
             normed = self._rms_norm(x, norm.weight, norm.eps)
-        gates, ups, downs = self._tensors.weight.float().unbind(1)
+        weight = self._tensors.weight.float()
+        if self._tensors.scales is not None:
+            weight = weight * self._tensors.scales.unsqueeze(2)
+        gates, ups, downs = weight.unbind(1)
         gate, up = normed.float() @ gates.T, normed.float() @ ups.T
         if self._tensors.inner_bias is not None:
             gate, up = gate + self._tensors.inner_bias[:, 0], up + self._tensors.inner_bias[:, 1]
@@ -128,11 +139,18 @@ class GatheredNeurons(NeuronProduct):
 
     def _one(self, x: Tensor, neurons: Tensor) -> Tensor:
         """``[hidden]`` and the chosen neurons ``[k]`` -> fp32 ``[hidden]``."""
-        weight = self._tensors.weight.index_select(0, neurons)
-        gate, up = (weight[:, :2].flatten(0, 1) @ x).float().view(-1, 2).unbind(1)
-        if self._tensors.inner_bias is not None:
-            bias = self._tensors.inner_bias.index_select(0, neurons)
-            gate, up = gate + bias[:, 0], up + bias[:, 1]
-        inner = (self._tensors.activation(gate) * up).to(x.dtype)
-        out = (inner @ weight[:, 2]).float()
+        weight = self._tensors.weight.index_select(0, neurons).to(x.dtype)
+        sums = (weight[:, :2].flatten(0, 1) @ x).float().view(-1, 2)
+        scales, bias = (
+            None if each is None else each.index_select(0, neurons)
+            for each in (self._tensors.scales, self._tensors.inner_bias)
+        )
+        if scales is not None:
+            sums = sums * scales[:, :2]
+        if bias is not None:
+            sums = sums + bias
+        inner = self._tensors.activation(sums[:, 0]) * sums[:, 1]
+        if scales is not None:
+            inner = inner * scales[:, 2]
+        out = (inner.to(x.dtype) @ weight[:, 2]).float()
         return out if self._tensors.bias is None else out + self._tensors.bias

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from headrace.contracts.load_map import GatedNames, LoadMap
 from headrace.ops.neurons import Activation, NeuronProduct, NeuronTensors
+from headrace.ops.packed_weight import BF16
 from headrace.ops.table import Ops
 from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.formats import WeightPlan
@@ -16,11 +17,15 @@ from headrace.weights.reader import Stack, WeightReader
 class NeuronLoader:
     """Makes gated feed-forward layers ready for products with some of their inner neurons.
 
-    They are in the compute dtype, beside the packed weights that all neurons are computed with.
+    They come beside the packed weights that all neurons are computed with: where these are
+    quantized, in int8, else in the compute dtype.
     """
 
-    def __init__(self, checkpoint: Checkpoint, load_map: LoadMap, ops: Ops) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, load_map: LoadMap, ops: Ops, plan: WeightPlan
+    ) -> None:
         self._checkpoint, self._ops = checkpoint, ops
+        self._quantized = plan.body is not None and plan.body != BF16
         self._reader = WeightReader(checkpoint, load_map)
 
     def __call__(self, names: GatedNames, activation: Activation) -> NeuronProduct:
@@ -49,7 +54,7 @@ class NeuronLoader:
             None if inner_bias is None else inner_bias.view(2, neurons).T.contiguous(),
             self._vector(self._reader.bias(outer)),
         )
-        return self._ops.neurons(tensors)
+        return self._ops.neurons(tensors.quantized() if self._quantized else tensors)
 
     def _vector(self, stored: Tensor | None) -> Tensor | None:
         """A bias in fp32, rounded to the compute dtype as all weights are."""
