@@ -32,6 +32,7 @@ from headrace.weights.adapters import AdapterBank
 from headrace.weights.formats import WeightPlan
 from headrace.weights.hub import is_gguf, resolve_model
 from headrace.weights.loader import CheckpointLoader, make_loader
+from headrace.weights.neurons import NeuronLoader
 from headrace.weights.packing import PackedModel, packed_checkpoint
 from headrace.weights.quantizers import DEFAULT_QUANTIZER, make_quantizer
 from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
@@ -140,7 +141,10 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     counted = _counted(progress, checkpoint.num_bytes)
     loader = make_loader(checkpoint, architecture.load_map, ops, plan, counted)
     model = architecture(config_for(checkpoint.config, config.max_model_len), loader, ops)
-
+    by_neuron = NeuronLoader(checkpoint, architecture.load_map, ops, loader.plan)
+    neurons = methods.open_neurons(model, by_neuron)
+    loader.num_bytes += neurons.num_bytes if neurons else 0
+    layout = replace(layout, method_states=neurons.planes if neurons else ())
     chunk = step_inputs(config, device, shape.context, architecture.causal)
     num_pages = size_arena(config, layout, shape.context, chunk, device, loader.mapped_bytes)
     context = fit_context(config, layout, num_pages, shape.context, chunk)
@@ -148,7 +152,9 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     arena = KVArena(layout, num_pages, device.name, config.max_num_seqs)
     methods.open_taps(lambda: trace_shapes(model, arena, ops), ops)
     statistics = make_statistics(methods, arena, context, config.max_num_seqs)
-    runner = LocalRunner(model, arena, ops, sampler, loader.bank.routes, methods.taps, statistics)
+    runner = LocalRunner(
+        model, arena, ops, sampler, loader.bank.routes, methods.taps, statistics, neurons
+    )
     generation = files.generation
     limits = EngineLimits(
         max_model_len=context,

@@ -12,13 +12,22 @@ from typing import Any, get_type_hints
 
 from headrace.config import FULL, EngineConfig
 from headrace.contracts.kv_policy import KVPolicy
+from headrace.contracts.load_map import GatedNames
 from headrace.contracts.method import Method, ModelFacts, conflict, of_kind
 from headrace.contracts.slot_policy import SlotPolicy
 from headrace.errors import ConfigurationError, InvalidRequestError
+from headrace.exec.neurons import NeuronMethod, NeuronRouter, gated_layers
 from headrace.exec.taps import SiteShapes, Tap, TapMethod
+from headrace.models.base import DecoderModel
+from headrace.ops.neurons import Activation, NeuronProduct
 from headrace.ops.table import Ops
 
-ROOMS = ("headrace.kv.policies", "headrace.exec.steering", "headrace.engine.gangs")
+ROOMS = (
+    "headrace.kv.policies",
+    "headrace.engine.gangs",
+    "headrace.exec.steering",
+    "headrace.exec.sparsity",
+)
 """Packages in which every module is a method, named as it is."""
 
 CACHE_KINDS: tuple[type[Method], ...] = (KVPolicy, SlotPolicy)
@@ -172,6 +181,21 @@ class MethodSet:
                 self.taps[method.name()] = method.open(shapes, ops)
             except ValueError as error:
                 raise ConfigurationError(f"method: {method.name()}: {error}") from None
+
+    def open_neurons(
+        self, model: DecoderModel, load: Callable[[GatedNames, Activation], NeuronProduct]
+    ) -> NeuronRouter | None:
+        """What sends inputs through some inner neurons; ``None`` if no method asks for that.
+
+        Raises:
+            ConfigurationError: the model or its checkpoint lacks what it takes.
+        """
+        for method in of_kind(self.methods, NeuronMethod):
+            try:
+                return NeuronRouter(method, gated_layers(model), load)
+            except ValueError as error:
+                raise ConfigurationError(f"method: {method.name()}: {error}") from None
+        return None
 
     def choose(self, choice: Choice | None) -> tuple[Method, ...]:
         """The methods of a request that names some, with options of its own; all for ``None``.

@@ -178,8 +178,9 @@ class CheckingRunner(Runner):
         self._windows = [group.window for group in layout.groups]
         self._groups = range(len(layout.groups))
         self._states: dict[int, History] = {}
-        self._has_states = bool(layout.states)
+        self._has_states = bool(layout.all_states)
         self._has_schedules = False
+        self._all_have_states = bool(layout.states)
         self._pages = [[POISON] * self._size for _ in range(engine.stats().pages_total)]
         self._fed: dict[int, int] = {}
         self._resumed: dict[str, int] = {}
@@ -250,12 +251,14 @@ class CheckingRunner(Runner):
         """The states of sequences that parted, whether or not they are in the plan."""
         for source, target in plan.state_copies:
             require(self._has_states or self._has_schedules, "there are no states to copy", plan)
-            if self._has_states:
-                self._states[target] = self._states[source]
+            require(source in self._states or not self._all_have_states, "no state to copy", plan)
+            self._states[target] = self._states.get(source, POISON.history)
 
     def _advance_state(self, row: PlanRow, sequence: Sequence, known: list[History]) -> None:
         """The state has to be what the row has fed so far; it goes on with the step's inputs."""
-        if not self._has_states:
+        methods = sequence.request.profile.methods
+        watched = self._has_states and any(method.needs_all_inputs for method in methods)
+        if not (self._all_have_states or watched):
             return
         past = begin(sequence.request.profile)
         if row.slot > 0:
@@ -450,6 +453,8 @@ class CheckingRunner(Runner):
         self.seen.kept += ended and row.begin > 0
         status = Status.FINISHED if ended else Status.RUNNING
         require(sequence.status is status, "a planned sequence does not run", row)
+        ends = [end for m in row.methods for end in m.boundaries(len(request.prompt_token_ids))]
+        require(not any(start < place < end for place in ends), "a method is not obeyed", row)
         require(count > 0, "an empty row", row)
         require(row.table_row == sequence.table_row, "a wrong table row", row)
         known = expected_tokens(sequence, self.beginnings.get(request.request_id, ()))
@@ -465,6 +470,13 @@ class CheckingRunner(Runner):
         again = row.first and request.metrics.num_preemptions > 0
         require(row.first == begins or again, "a row is not what it begins as", row)
         require(row.num_quiet == quiet, "wrong inputs count as drawn from", row)
+        of_prompt = sum(i < len(request.prompt_token_ids) for i in range(start, end))
+        require(row.num_prompt == of_prompt, "wrong inputs count as the prompt's", row)
+        require(
+            row.ends_prompt == (start < len(request.prompt_token_ids) <= end),
+            "the prompt ends elsewhere",
+            row,
+        )
         whole = start == 0 and end == len(known)
         require(self._causal or whole, "a part of a prompt", row)
         samples = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
 from headrace.contracts.gang import GangMethod, gang_method
 from headrace.contracts.kv_policy import KVPolicy
+from headrace.contracts.method import Method, MethodCard
 from headrace.contracts.outputs import SequenceUpdate, TokenLogprobs
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
@@ -38,12 +40,29 @@ Windows = tuple[int | None, ...]
 """The window of each cache group."""
 
 
-def make_layout(windows: Windows, block_size: int, states: bool = False) -> CacheLayout:
-    """Cache groups of one layer each, and a state if wanted."""
+@dataclass(frozen=True, slots=True)
+class Watching(Method):
+    """Sees every input, keeps a state of the sequence, and ends a chunk where the prompt ends."""
+
+    card: ClassVar[MethodCard] = MethodCard("", "", "exact")
+    needs_all_inputs: ClassVar[bool] = True
+
+    def shared_tokens(self, prompt_tokens: int) -> int | None:
+        return prompt_tokens
+
+    def boundaries(self, prompt_tokens: int) -> tuple[int, ...]:
+        return (prompt_tokens,)
+
+
+def make_layout(
+    windows: Windows, block_size: int, states: bool = False, method_states: bool = False
+) -> CacheLayout:
+    """Cache groups of one layer each, and a state of the model or of methods if wanted."""
     planes = tuple(PlaneSpec(name, "slot", 1, 2, "float32") for name in ("key", "value"))
     groups = [CacheGroup((i,), (planes,), window) for i, window in enumerate(windows)]
     state = (len(groups), PlaneSpec("state", "sequence", 1, 2, "float32"))
-    return CacheLayout(block_size, tuple(groups), (state,) if states else ())
+    kept = [(state,) if wanted else () for wanted in (states, method_states)]
+    return CacheLayout(block_size, tuple(groups), *kept)
 
 
 @dataclass
@@ -55,6 +74,7 @@ class Setup:
     windows: Windows = (None,)
     """Of each cache group."""
     states: bool = False
+    method_states: bool = False
     block_size: int = 2
     pages: int = 12
     """Per group."""
@@ -130,7 +150,7 @@ class Harness:
         )
         self.engine, self.clock = simulated_engine(
             config,
-            layout=make_layout(setup.windows, setup.block_size, setup.states),
+            layout=make_layout(setup.windows, setup.block_size, setup.states, setup.method_states),
             num_pages=setup.pages * len(setup.windows),
             context=setup.context,
             vocab_size=VOCAB,

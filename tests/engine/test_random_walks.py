@@ -14,7 +14,7 @@ from headrace.engine.gangs.hogwild_inference import HogwildInference
 from headrace.kv.policies.random_eviction import RandomEviction
 from tests.engine.checking_runner import Fault
 from tests.engine.gang_checks import SeesPrevious
-from tests.engine.harness import VOCAB, Harness, Setup
+from tests.engine.harness import VOCAB, Harness, Setup, Watching
 from tests.engine.hashed_slots import HashedSlots
 
 GANGS = (HogwildInference(), SeesPrevious())
@@ -45,6 +45,7 @@ SETUPS = (
     Setup(gangs=GANGS, pages=20, rows=8, tokens=16, context=40),
     Setup(gangs=GANGS, policy="priority", pages=12, rows=10, tokens=9, block_size=3, context=36),
     Setup(gangs=GANGS, windows=(None, None), pages=30, rows=6, tokens=4, block_size=1, context=40),
+    Setup(method_states=True, pages=12, rows=6, tokens=5),
     Setup(causal=False, pages=30, rows=4, tokens=24),
     Setup(causal=False, policy="priority", pages=12, rows=2),
 )
@@ -124,6 +125,8 @@ class Walk:
             prompt_logprobs=0 if rng.random() < 0.25 else None,
         )
         profile = EXACT if rng.random() < 0.8 else Profile(adapter="adapter@1")
+        if self.harness.setup.method_states and rng.random() < 0.5:
+            profile = Profile(methods=(Watching(),))
         pooling: Pooling | None = None
         if not self.harness.setup.causal or rng.random() < 0.15:
             params = SamplingParams(max_tokens=0)

@@ -21,10 +21,9 @@ from headrace.engine.gangs.hogwild_inference import HogwildInference
 from headrace.kv.policies.random_eviction import RandomEviction
 from tests.engine.checking_runner import Fault
 from tests.engine.gang_checks import SeesPrevious
-from tests.engine.harness import VOCAB, Harness, Setup
+from tests.engine.harness import VOCAB, Harness, Setup, Watching
 from tests.engine.hashed_slots import HashedSlots
 
-PROFILES = (EXACT, Profile(salt="tenant"), Profile(adapter="adapter@1"))
 POLICIES = (
     (),
     (RandomEviction(0.3), RandomEviction(0.75, seed=1)),
@@ -32,6 +31,12 @@ POLICIES = (
     (HashedSlots(6, 4, 4), RandomEviction(0.5)),
 )
 GANGS = (HogwildInference(), SeesPrevious())
+PROFILES = (
+    EXACT,
+    Profile(salt="tenant"),
+    Profile(adapter="adapter@1"),
+    Profile(methods=(Watching(),)),
+)
 FAULTS = ("early", "submit", "collect", "interrupt", "rows")
 
 
@@ -49,6 +54,7 @@ setups = st.builds(
     prefix_caching=st.booleans(),
     windows=st.sampled_from(((None,), (None, None), (None, 5), (3,), (4, None, 4), ())),
     states=st.booleans(),
+    method_states=st.booleans(),
     block_size=st.sampled_from((1, 2, 3, 4)),
     pages=st.integers(3, 14),
     context=st.integers(4, 24),

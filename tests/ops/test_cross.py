@@ -20,7 +20,7 @@ from tests.ops.function_cases import FUNCTION_CASES, TOLERANCES, normal
 
 
 def test_every_operation_has_cases() -> None:
-    assert {*FUNCTION_CASES, "linear", "attention"} == VERSIONS.keys()
+    assert {*FUNCTION_CASES, "linear", "neurons", "attention"} == VERSIONS.keys()
     assert all("reference" in versions for versions in VERSIONS.values())
 
 

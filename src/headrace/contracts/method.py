@@ -23,6 +23,7 @@ class Property(Enum):
     TOKEN_ORDER = "slots hold the tokens in their order, the same ones in every head"
     WHOLE_PAST = "the cache holds every token of the past, in every layer and head"
     OWN_CONTEXT = "a sequence sees its own tokens and no others"
+    ALL_NEURONS = "every token goes through all inner neurons of the feed-forward layers"
 
     def __repr__(self) -> str:
         return self.name
@@ -81,6 +82,10 @@ class Method(ABC):
 
     __slots__ = ()
     card: ClassVar[MethodCard]
+    needs_all_inputs: ClassVar[bool] = False
+    """Whether it has to see every input of a request: none is left out since its KV is known."""
+    takes_adapters: ClassVar[bool] = True
+    """Whether a request may have an adapter beside it."""
 
     @classmethod
     def name(cls) -> str:
@@ -98,6 +103,10 @@ class Method(ABC):
         ``None``: all. What depends on where the prompt ends is not to be shared.
         """
         return None
+
+    def boundaries(self, prompt_tokens: int) -> tuple[int, ...]:
+        """Counts of prompt tokens at which a chunk has to end: the rest is fed in later steps."""
+        return ()
 
 
 def of_kind(methods: Sequence[Method], kind: type[Kind]) -> list[Kind]:

@@ -109,6 +109,7 @@ class PlanRow:
         begin: the slot at which the row's own context begins, a multiple of the block size. What
             lies before it is not read but through segments.
         segments: what the inputs see beside the row's own context.
+        num_prompt: so many of the inputs are of the prompt, the others were generated.
     """
 
     sequence: int
@@ -128,6 +129,12 @@ class PlanRow:
     compaction: Compaction | None = None
     begin: int = 0
     segments: Sequence[Segment] = ()
+    num_prompt: int = 0
+
+    @property
+    def ends_prompt(self) -> bool:
+        """Whether the prompt's last token is among the inputs: the first that is drawn from."""
+        return self.num_prompt > self.num_quiet
 
 
 @dataclass(slots=True)

@@ -365,7 +365,7 @@ class CacheAccounting:
         if parent.compacted is not None:
             self.tree.hold(parent.compacted)
             child.compacted = parent.compacted
-        if self.layout.states or parent.request.slot_policy is not None:
+        if self.layout.all_states or parent.request.slot_policy is not None:
             self._state_copies.append((parent.table_row, child.table_row))
         child.runs = list(parent.runs)
         child.ordinals = list(parent.ordinals)

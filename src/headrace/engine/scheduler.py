@@ -279,6 +279,7 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
         num_quiet=min(count, max(0, len(request.prompt_token_ids) - 1 - start)),
         begin=sequence.begin,
         segments=request.gang.segments(sequence) if request.gang and sequence.begin else (),
+        num_prompt=min(count, max(0, len(request.prompt_token_ids) - start)),
     )
 
 

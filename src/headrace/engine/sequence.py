@@ -77,7 +77,8 @@ class Request:
         block_size: int = 1,
     ) -> None:
         self.request_id = request_id
-        self.boundaries = boundaries
+        asked = profile.boundaries(len(prompt_token_ids))
+        self.boundaries = tuple(sorted({*boundaries, *asked}))
         self.pooling: Pooling | None = pooling
         self.pooled: npt.NDArray[np.float32] | None = None
         self.prompt_token_ids = prompt_token_ids
@@ -109,7 +110,8 @@ class Request:
     @property
     def needs_all_inputs(self) -> bool:
         """Whether every prompt token has to be fed, cached or not."""
-        return self.num_unscored > 0 or self.pooling in ("mean", "first")
+        whole = self.num_unscored > 0 or self.pooling in ("mean", "first")
+        return whole or self.profile.needs_all_inputs
 
     def pool(self, hidden: npt.NDArray[np.float32]) -> None:
         """Add what a step made of some inputs."""

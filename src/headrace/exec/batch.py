@@ -12,10 +12,12 @@ from torch import Tensor
 
 from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow
+from headrace.exec.neurons import NeuronRouter
 from headrace.exec.segments import SegmentReads, pages_from, read_segments
 from headrace.exec.slot_statistics import ObservedRow
 from headrace.exec.taps import TappedRows
 from headrace.kv.arena import KVArena
+from headrace.models.base import NeuronStep
 from headrace.ops.paged import StepShape
 from headrace.ops.recurrent import RowSpans
 from headrace.ops.table import Ops
@@ -33,6 +35,7 @@ class ForwardBatch:
         tapped: name of a method with a tap -> the inputs that it is for.
         observed: the rows whose attention is noted.
         segments: what inputs read beside the own context of their rows.
+        neurons: which inputs go through some neurons only, if any do.
     """
 
     input_ids: Tensor
@@ -43,6 +46,7 @@ class ForwardBatch:
     tapped: Mapping[str, Sequence[TappedRows[Any]]]
     observed: Sequence[ObservedRow] = ()
     segments: SegmentReads | None = None
+    neurons: NeuronStep | None = None
 
 
 class BatchBuilder:
@@ -52,11 +56,18 @@ class BatchBuilder:
 
     Args:
         tapping: names of the methods that have taps.
+        neurons: sends inputs through some neurons; ``None`` if nothing asks for that.
     """
 
     def __init__(
-        self, arena: KVArena, ops: Ops, causal: bool = True, tapping: Collection[str] = ()
+        self,
+        arena: KVArena,
+        ops: Ops,
+        causal: bool = True,
+        tapping: Collection[str] = (),
+        neurons: NeuronRouter | None = None,
     ) -> None:
+        self._neurons = neurons
         self._arena = arena
         self._tapping = tapping
         self._ops = ops
@@ -89,7 +100,7 @@ class BatchBuilder:
             pages = pages_from(tables[group], used, begins, past + lengths, size)
             shape = StepShape.of_one_group(lengths, past, pages, plane.heads)
             plans.append(self._ops.attention.plan(shape, plane))
-        return ForwardBatch(
+        batch = ForwardBatch(
             self._tensor(ids),
             self._tensor(positions),
             RowSpans(lengths.tolist(), used),
@@ -99,6 +110,9 @@ class BatchBuilder:
             self._observed(rows, tables),
             read_segments(rows, tables, self._arena, self._ops.attention, self._ops.device),
         )
+        if self._neurons is not None:
+            batch.neurons = self._neurons.step(rows, self._arena, bool(batch.adapted))
+        return batch
 
     def _adapted(self, rows: Sequence[PlanRow]) -> list[tuple[str, Tensor]]:
         """The inputs that go through adapters, by adapter."""
@@ -165,4 +179,5 @@ def _single_input(row: PlanRow, index: int) -> PlanRow:
         observer=row.observer,
         begin=row.begin,
         segments=row.segments,
+        num_prompt=int(index < row.num_prompt),
     )

@@ -13,7 +13,7 @@ from headrace.exec.batch import ForwardBatch
 from headrace.exec.slot_statistics import SlotStatistics
 from headrace.exec.taps import Site, Tap
 from headrace.kv.arena import KVArena
-from headrace.models.base import DecoderModel
+from headrace.models.base import DecoderModel, NeuronRoutes
 from headrace.models.layers.rotary import RotaryEmbedding
 from headrace.ops.adapted_linear import AdapterRoutes
 from headrace.ops.paged import AttentionSpec
@@ -138,9 +138,10 @@ class LayerLoop:
         routes: AdapterRoutes,
         taps: Mapping[str, Tap[Any]],
         statistics: SlotStatistics | None = None,
+        neurons: NeuronRoutes | None = None,
     ) -> None:
         self._statistics = statistics
-        self._routes = routes
+        self._routes, self._neurons = routes, neurons
         self._taps = taps
         self._model = model
         self._arena = arena
@@ -159,6 +160,8 @@ class LayerLoop:
         else:
             context = LayerContext(batch, self._arena, self._ops, self._statistics)
         self._routes.rows = batch.adapted
+        if self._neurons is not None:
+            self._neurons.step = batch.neurons
         hidden = self._model.embed(batch.input_ids, batch.positions)
         for index, layer in enumerate(self._model.layers):
             hidden = layer.mix(context.enter(index, hidden), context)

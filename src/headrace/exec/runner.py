@@ -22,6 +22,7 @@ from headrace.contracts.step import (
 )
 from headrace.exec.batch import BatchBuilder
 from headrace.exec.layer_loop import LayerLoop
+from headrace.exec.neurons import NeuronRouter
 from headrace.exec.sampling.sampler import Sampler, token_logprobs
 from headrace.exec.slot_statistics import SlotStatistics
 from headrace.exec.taps import SITES, ShapeTap, Site, SiteShapes, Tap
@@ -59,13 +60,17 @@ class LocalRunner(Runner):
         routes: AdapterRoutes | None = None,
         taps: Mapping[str, Tap[Any]] | None = None,
         statistics: SlotStatistics | None = None,
+        neurons: NeuronRouter | None = None,
     ) -> None:
         self._statistics = statistics
         self.arena = arena
         self.sampler = sampler
         self._ops = ops
-        self._loop = LayerLoop(model, arena, ops, routes or AdapterRoutes(), taps or {}, statistics)
-        self._builder = BatchBuilder(arena, ops, model.causal, (taps or {}).keys())
+        divided = None if neurons is None else neurons.routes
+        self._loop = LayerLoop(
+            model, arena, ops, routes or AdapterRoutes(), taps or {}, statistics, divided
+        )
+        self._builder = BatchBuilder(arena, ops, model.causal, (taps or {}).keys(), neurons)
         self._results: dict[Ticket, StepResult] = {}
         self._tickets = 0
 

@@ -14,7 +14,7 @@ from headrace.ops.paged import LayerCache, PagedPlane
 States = dict[str, Tensor]
 """Name of a plane -> ``[rows, heads, width]``, one entry for each row of the page tables."""
 
-_DTYPES = {**DTYPES, "int8": torch.int8}
+_DTYPES = {**DTYPES, "int8": torch.int8, "int32": torch.int32}
 
 
 class KVArena:
@@ -43,7 +43,7 @@ class KVArena:
             if name == "key"
         }
         self._states: dict[int, States] = {}
-        for layer, spec in layout.states:
+        for layer, spec in layout.all_states:
             shape = (num_rows, spec.heads, spec.width)
             plane = torch.zeros(shape, dtype=_DTYPES[spec.dtype], device=device)
             self._states.setdefault(layer, {})[spec.name] = plane
