@@ -14,10 +14,13 @@ from headrace.config import FULL, EngineConfig
 from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.method import Method, ModelFacts, conflict, of_kind
 from headrace.errors import ConfigurationError, InvalidRequestError
+from headrace.exec.decoding.drafter import Drafter, DrafterMethod, DraftParts
+from headrace.exec.forward import Forward, LoadedModel
+from headrace.exec.sampling.sampler import Sampler
 from headrace.exec.taps import SiteShapes, Tap, TapMethod
 from headrace.ops.table import Ops
 
-ROOMS = ("headrace.kv.policies", "headrace.exec.steering")
+ROOMS = ("headrace.kv.policies", "headrace.exec.steering", "headrace.exec.decoding.drafters")
 """Packages in which every module is a method, named as it is."""
 
 Choice = Mapping[str, Mapping[str, Any]]
@@ -137,7 +140,7 @@ class MethodSet:
     """The methods of a running engine: all are on where a request does not choose.
 
     Attributes:
-        taps: name of a method -> what it has made ready, once they are opened.
+        taps, drafters: name of a method -> what it has made ready, once they are opened.
 
     Raises:
         ConfigurationError: the model lacks what one needs, or two do not go together.
@@ -145,7 +148,9 @@ class MethodSet:
 
     def __init__(self, methods: Sequence[Method], model: ModelFacts) -> None:
         self.methods = tuple(methods)
+        self._model = model
         self.taps: dict[str, Tap[Any]] = {}
+        self.drafters: dict[str, Drafter] = {}
         for method in self.methods:
             try:
                 method.check(model)
@@ -166,6 +171,22 @@ class MethodSet:
         for method in methods:
             try:
                 self.taps[method.name()] = method.open(shapes, ops)
+            except ValueError as error:
+                raise ConfigurationError(f"method: {method.name()}: {error}") from None
+
+    def open_drafters(
+        self,
+        target: Forward,
+        sampler: Sampler,
+        load: Callable[[str], LoadedModel],
+        table_rows: int,
+        context: int,
+    ) -> None:
+        """Make ready what guesses tokens; see ``DraftParts``. Raises as ``open_taps``."""
+        parts = DraftParts(target, sampler, load, table_rows, context, self._model.vocab_size)
+        for method in of_kind(self.methods, DrafterMethod):
+            try:
+                self.drafters[method.name()] = method.open(parts)
             except ValueError as error:
                 raise ConfigurationError(f"method: {method.name()}: {error}") from None
 

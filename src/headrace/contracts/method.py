@@ -20,6 +20,7 @@ class Property(Enum):
     """What the engine guarantees, as long as no method that is on breaks it."""
 
     WHOLE_PAST = "the cache holds every token of the past, in every layer and head"
+    FED_TOKENS_STAY = "a token that is fed belongs to its sequence"
 
     def __repr__(self) -> str:
         return self.name

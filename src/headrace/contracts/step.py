@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NewType
 
 import numpy as np
@@ -48,6 +48,10 @@ class SampleState:
         below = len(self.output_token_ids) < self.params.min_tokens
         return self.end_token_ids if below else ()
 
+    def after(self, tokens: Sequence[int]) -> SampleState:
+        """As it would be if these tokens had been generated too."""
+        return replace(self, output_token_ids=[*self.output_token_ids, *tokens])
+
 
 @dataclass(slots=True)
 class PlanRow:
@@ -67,6 +71,8 @@ class PlanRow:
         adapter: key of the adapter that the inputs go through; "": none.
         methods: of the request, as it chose them.
         num_quiet: so many of the inputs come before the first one that a token is drawn from.
+        draft_room: so many slots behind those of the inputs are there for tokens that one of the
+            methods may guess; the row then has one sample.
     """
 
     sequence: int
@@ -81,6 +87,7 @@ class PlanRow:
     adapter: str = ""
     methods: tuple[Method, ...] = ()
     num_quiet: int = 0
+    draft_room: int = 0
 
 
 @dataclass(slots=True)
@@ -112,6 +119,9 @@ class StepPlan:
 class RowResult:
     """What one plan row produced. ``tokens[i]`` answers ``samples[i]``.
 
+    Where tokens were ``drafted``, so many, there is one sample, and ``tokens`` follow each other:
+    all but the last were guessed right, and are in the slots behind those of the inputs.
+
     ``pooled`` ``[hidden]`` is the hidden state of the last or first input, or, for the mean, the
     sum over all. ``error`` says that this row alone failed; the rest is then meaningless.
     """
@@ -121,6 +131,7 @@ class RowResult:
     scores: Sequence[TokenLogprobs] = ()
     pooled: npt.NDArray[np.float32] | None = None
     error: str | None = None
+    drafted: int = 0
 
 
 @dataclass(slots=True)

@@ -65,6 +65,7 @@ class Scheduler:
         self.accounting = accounting
         self.limit = limit
         self._whole_prompts = whole_prompts
+        self._drafting: list[tuple[Sequence, PlanRow]] = []
         self.waiting = OrderedSequences(policy)
         self.running = OrderedSequences(policy)
         self.num_preemptions = 0
@@ -90,6 +91,7 @@ class Scheduler:
             spare -= 0 if single else count
             left -= count
         self._admit(plan, budget.rows, left, now)
+        self._make_draft_room(plan, budget.tokens - plan.num_inputs)
         if plan.rows:
             plan.state_copies = self.accounting.take_state_copies()
         pages = self.accounting.pool.num_pages - self.accounting.num_available
@@ -107,7 +109,18 @@ class Scheduler:
             if victim is sequence:
                 return 0
         plan.rows.append(plan_row(sequence, count))
+        if sequence.draft_room > 0:
+            self._drafting.append((sequence, plan.rows[-1]))
         return count
+
+    def _make_draft_room(self, plan: StepPlan, left: int) -> None:
+        """Let rows guess tokens, with inputs and pages that nobody else wants."""
+        for sequence, row in self._drafting:
+            wanted = min(sequence.draft_room, left)
+            if wanted > 0:
+                row.draft_room = self.accounting.reserve_draft(sequence, wanted, plan)
+                left -= row.draft_room
+        self._drafting.clear()
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it waits, and its known tokens are fed again."""

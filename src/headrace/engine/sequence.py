@@ -8,6 +8,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contracts.drafting import DraftMethod
 from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.method import of_kind
 from headrace.contracts.outputs import RequestMetrics, TokenLogprobs
@@ -15,6 +16,7 @@ from headrace.contracts.profile import Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling, SampleState
 from headrace.contracts.text import TextStream
+from headrace.engine.draft_gain import DraftGain
 from headrace.engine.prefix_tree import SealedRun
 
 
@@ -36,11 +38,12 @@ class Request:
     ``boundaries`` are counts of prompt tokens, ascending: what lies behind one is fed in a later
     step than what lies before it. With ``pooling``, nothing is generated: ``pooled`` gathers what
     makes the embedding. Of each sequence, the first ``num_shareable`` tokens have KV that others
-    may share; ``kv_policy`` decides what it keeps.
+    may share; ``kv_policy`` decides what it keeps; ``drafting`` guesses its tokens.
     """
 
     __slots__ = (
         "boundaries",
+        "drafting",
         "kv_policy",
         "max_tokens",
         "metrics",
@@ -79,6 +82,7 @@ class Request:
         self.priority = priority
         self.profile = profile
         self.kv_policy = next(iter(of_kind(profile.methods, KVPolicy)), None)
+        self.drafting = next(iter(of_kind(profile.methods, DraftMethod)), None)
         shared = profile.shared_tokens(len(prompt_token_ids))
         self.num_shareable = sys.maxsize if shared is None else shared
         self.metrics = RequestMetrics(arrival_time)
@@ -127,6 +131,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "draft_gain",
         "index",
         "next_position",
         "num_fed",
@@ -160,6 +165,7 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.state = state
         self.text = text
+        self.draft_gain = None if request.drafting is None else DraftGain()
         self.status = Status.NEW
         self.table_row = -1
         self.runs: list[SealedRun] = []
@@ -185,6 +191,23 @@ class Sequence:
             if boundary > self.num_fed:
                 return boundary - self.num_fed
         return self.num_pending
+
+    @property
+    def draft_room(self) -> int:
+        """Tokens that may be guessed behind the one that is pending.
+
+        None before the sequence has parted from its siblings, and none where guessing does not
+        pay. A request that names a seed must not depend on how long steps take.
+        """
+        method, done = self.request.drafting, len(self.state.output_token_ids)
+        if method is None or done == 0 or self.num_pending != 1:
+            return 0
+        assert self.draft_gain is not None
+        params = self.request.params
+        fixed = method.always_on or (params.seed is not None and not params.greedy)
+        if not fixed and not self.draft_gain.pays:
+            return 0
+        return min(method.most_drafted, self.request.max_tokens - done - 1)
 
     def forget_cache(self) -> None:
         """All known tokens are pending again; the caller has released runs and tail."""

@@ -14,7 +14,7 @@ from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow
 from headrace.exec.taps import TappedRows
 from headrace.kv.arena import KVArena
-from headrace.ops.paged import StepShape
+from headrace.ops.paged import Indices, StepShape
 from headrace.ops.recurrent import RowSpans
 from headrace.ops.table import Ops
 
@@ -26,6 +26,7 @@ class ForwardBatch:
     Args:
         input_ids, positions: ``[T]``.
         rows: which of them belong together.
+        past: int64 ``[R]``: slots before the inputs of each row.
         attention: one plan per cache group.
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
         tapped: name of a method with a tap -> the inputs that it is for.
@@ -34,6 +35,7 @@ class ForwardBatch:
     input_ids: Tensor
     positions: Tensor
     rows: RowSpans
+    past: Indices
     attention: list[Any]
     adapted: Sequence[tuple[str, Tensor]]
     tapped: Mapping[str, Sequence[TappedRows[Any]]]
@@ -83,7 +85,8 @@ class BatchBuilder:
             plans.append(self._ops.attention.plan(shape, plane))
         spans = RowSpans(lengths.tolist(), used)
         ids_of, places = self._tensor(ids), self._tensor(positions)
-        return ForwardBatch(ids_of, places, spans, plans, self._adapted(rows), self._tapped(rows))
+        adapted, tapped = self._adapted(rows), self._tapped(rows)
+        return ForwardBatch(ids_of, places, spans, past, plans, adapted, tapped)
 
     def _adapted(self, rows: Sequence[PlanRow]) -> list[tuple[str, Tensor]]:
         """The inputs that go through adapters, by adapter."""

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.contracts.step import Pooling
 from headrace.exec.batch import ForwardBatch
+from headrace.exec.page_view import PageView
 from headrace.exec.taps import Site, Tap
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
 from headrace.models.layers.rotary import RotaryEmbedding
 from headrace.ops.adapted_linear import AdapterRoutes
-from headrace.ops.paged import AttentionSpec
-from headrace.ops.reference import add_sinks
+from headrace.ops.paged import AttentionSpec, StepShape
+from headrace.ops.reference import add_sinks, rotate
 from headrace.ops.table import Ops
 
 
@@ -50,11 +52,15 @@ class LayerContext:
             sin,
             self._arena.cache(layer),
             spec,
-            self._batch.attention[self._arena.group_of(layer)],
+            self._plan(layer, q, cos, sin),
         )
         if sinks is not None:
             out = add_sinks(out, lse, sinks)
         return out.flatten(1)
+
+    def _plan(self, layer: int, q: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        """What attention made of the step's rows for a layer with these queries, not rotated."""
+        return self._batch.attention[self._arena.group_of(layer)]
 
     def angles(self, rotary: RotaryEmbedding) -> tuple[Tensor, Tensor]:
         """See ``AttentionContext``."""
@@ -109,6 +115,28 @@ class TappedContext(LayerContext):
         return self._tap("hidden", layer, hidden)
 
 
+class ViewContext(TappedContext):
+    """The context of a micro-batch whose layers read what a view says."""
+
+    def __init__(
+        self,
+        batch: ForwardBatch,
+        arena: KVArena,
+        ops: Ops,
+        taps: Mapping[str, Tap[Any]],
+        view: PageView,
+    ) -> None:
+        super().__init__(batch, arena, ops, taps)
+        self._view = view
+
+    def _plan(self, layer: int, q: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        rows, keys = self.rows, self._arena.cache(layer).keys
+        tables = self._view.tables(layer, rows.table_rows, lambda: rotate(q, cos, sin))
+        lengths = np.array(rows.lengths)
+        shape = StepShape.of_one_group(lengths, self._batch.past, tables, keys.heads)
+        return self._ops.attention.plan(shape, keys)
+
+
 class LayerLoop:
     """Runs a model over micro-batches: all layers of one before the next begins."""
 
@@ -126,14 +154,17 @@ class LayerLoop:
         self._arena = arena
         self._ops = ops
 
-    def run(self, batches: Sequence[ForwardBatch]) -> Tensor:
+    def run(self, batches: Sequence[ForwardBatch], view: PageView | None = None) -> Tensor:
         """Hidden states of all inputs, ``[T, hidden]``, before the final norm."""
-        hidden = [self._run_layers(batch) for batch in batches]
+        hidden = [self._run_layers(batch, view) for batch in batches]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
-    def _run_layers(self, batch: ForwardBatch) -> Tensor:
-        if batch.tapped:
-            context: LayerContext = TappedContext(batch, self._arena, self._ops, self._taps)
+    def _run_layers(self, batch: ForwardBatch, view: PageView | None) -> Tensor:
+        context: LayerContext
+        if view is not None:
+            context = ViewContext(batch, self._arena, self._ops, self._taps, view)
+        elif batch.tapped:
+            context = TappedContext(batch, self._arena, self._ops, self._taps)
         else:
             context = LayerContext(batch, self._arena, self._ops)
         self._routes.rows = batch.adapted

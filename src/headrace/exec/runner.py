@@ -21,6 +21,9 @@ from headrace.contracts.step import (
     Ticket,
 )
 from headrace.exec.batch import BatchBuilder
+from headrace.exec.decoding.drafter import Drafter
+from headrace.exec.decoding.speculation import Speculation
+from headrace.exec.forward import Forward
 from headrace.exec.layer_loop import LayerLoop
 from headrace.exec.sampling.sampler import Sampler, token_logprobs
 from headrace.exec.taps import SITES, ShapeTap, Site, SiteShapes, Tap
@@ -57,12 +60,15 @@ class LocalRunner(Runner):
         sampler: Sampler,
         routes: AdapterRoutes | None = None,
         taps: Mapping[str, Tap[Any]] | None = None,
+        drafters: Mapping[str, Drafter] | None = None,
     ) -> None:
         self.arena = arena
         self.sampler = sampler
         self._ops = ops
         self._loop = LayerLoop(model, arena, ops, routes or AdapterRoutes(), taps or {})
         self._builder = BatchBuilder(arena, ops, model.causal, (taps or {}).keys())
+        forward = Forward(model, arena, ops, routes, taps)
+        self._speculation = Speculation(forward, sampler, drafters or {})
         self._results: dict[Ticket, StepResult] = {}
         self._tickets = 0
 
@@ -82,6 +88,10 @@ class LocalRunner(Runner):
         self.arena.blank_pages(plan.blank)
         self.arena.copy_states(plan.state_copies)
         self.arena.clear_states([row.table_row for row in plan.rows if row.slot == 0])
+        planned, chains = plan, None
+        if any(row.draft_room for row in plan.rows):
+            plan, chains = self._speculation.extend(plan, tables)
+            marks.append(time.perf_counter())
         batches = self._builder.build(plan.rows, tables)
         marks.append(time.perf_counter())
         hidden = self._loop.run(batches)
@@ -92,8 +102,11 @@ class LocalRunner(Runner):
             self._sample(plan, logits, results)
         self._score(plan, hidden, results)
         self._pool(plan, hidden, results)
+        if chains:
+            self._speculation.verify(planned, chains, hidden, results)
         marks.append(time.perf_counter())
-        names = ("batch", "forward", "sample")
+        drafting = () if chains is None else ("draft",)
+        names = (*drafting, "batch", "forward", "sample")
         spans = zip(names, marks, marks[1:], strict=False)
         return StepResult(results, {name: end - start for name, start, end in spans})
 
