@@ -20,6 +20,7 @@ from headrace.plan.simulation import simulated_engine
 from tests.engine.checking_runner import (
     CheckingRunner,
     Fault,
+    Guessing,
     Vector,
     begin,
     draw,
@@ -63,6 +64,8 @@ class Setup:
     waiting: int = 6
     policies: tuple[KVPolicy, ...] = ()
     """KV policies that requests may have."""
+    drafting: bool = False
+    """Whether requests may have their tokens guessed."""
     causal: bool = True
     """Whether it generates; else a step has room for any prompt."""
 
@@ -161,6 +164,7 @@ class Harness:
         policy: int = 0,
         boundaries: tuple[int, ...] = (),
         pooling: Pooling | None = None,
+        draft: Guessing | None = None,
     ) -> Record | None:
         """Add a request; ``None`` when the queue is full. Prompt and output are cut to fit.
 
@@ -169,6 +173,8 @@ class Harness:
         if policy and self.setup.policies:
             chosen = self.setup.policies[(policy - 1) % len(self.setup.policies)]
             profile = replace(profile, methods=(chosen,))
+        if draft is not None and self.setup.drafting:
+            profile = replace(profile, methods=(*profile.methods, draft))
         request_id = f"request-{len(self.records) + self.refused}"
         prompt = list(prompt)
         full = self.engine.stats().waiting >= self.setup.waiting
@@ -263,6 +269,7 @@ class Harness:
         )
         assert stats.prompt_tokens == sum(len(record.prompt) for record in self.records.values())
         assert (stats.aborted, stats.failed) == (self.aborted, self.failed)
+        assert stats.accepted_tokens <= stats.draft_tokens <= self.runner.seen.drafted
         assert 0 <= stats.pages_used <= stats.pages_total - stats.pages_cached
         assert stats.prefix_hit_tokens <= stats.prefix_query_tokens
         assert stats.running <= self.setup.rows
@@ -344,6 +351,7 @@ class Harness:
         )
         assert (metrics.first_token_time is not None) == any(record.tokens)
         assert metrics.num_cached_tokens < len(record.prompt)
+        assert metrics.num_accepted_tokens <= metrics.num_draft_tokens
         if record.request is not None:
             seeds = [sequence.state.seed for sequence in record.request.sequences]
             assert len(set(seeds)) == record.params.n

@@ -11,7 +11,7 @@ from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
 from headrace.kv.policies.random_eviction import RandomEviction
-from tests.engine.checking_runner import Fault
+from tests.engine.checking_runner import Fault, Guessing
 from tests.engine.harness import VOCAB, Harness, Setup
 
 SETUPS = (
@@ -35,6 +35,9 @@ SETUPS = (
     Setup(windows=(None, 6), states=True, pages=9, rows=4, tokens=6),
     Setup(windows=(), states=True, rows=3, tokens=6),
     Setup(states=True, pages=12, rows=6, tokens=3),
+    Setup(drafting=True, pages=9, rows=4, tokens=9),
+    Setup(drafting=True, policy="priority", pages=12, rows=6, tokens=12, block_size=3),
+    Setup(drafting=True, windows=(None, 5), pages=9, rows=4, tokens=9, block_size=1),
     Setup(causal=False, pages=30, rows=4, tokens=24),
     Setup(causal=False, policy="priority", pages=12, rows=2),
 )
@@ -59,9 +62,14 @@ SITUATIONS = (
     "dropped",
     "passed",
     "embedded",
+    "all_wrong",
+    "all_right",
+    "beside_others",
+    "accepted",
 )
 """Each must happen often. "mixed" steps feed chunks and single tokens together; "resumed" sequences
-feed tokens again after a preemption; "late_forks" had lost the shared prompt by then.
+feed tokens again after a preemption; "late_forks" had lost the shared prompt by then; guesses were
+"all_wrong" or "all_right", and made "beside_others" that had none.
 """
 
 
@@ -111,8 +119,15 @@ class Walk:
             pooling = rng.choice(POOLING)
         priority = rng.randint(-1, 1)
         policy = int(rng.random() < 0.7)
+        draft = Guessing(rng.choice((1, 3, 7)), rng.random() < 0.7) if rng.random() < 0.7 else None
         self.harness.add(
-            prompt, params, priority=priority, profile=profile, policy=policy, pooling=pooling
+            prompt,
+            params,
+            priority=priority,
+            profile=profile,
+            policy=policy,
+            pooling=pooling,
+            draft=draft,
         )
 
     def act(self) -> None:
@@ -151,6 +166,10 @@ class Walk:
             resumed=seen.resumed,
             dropped=seen.dropped,
             passed=seen.passed,
+            all_wrong=seen.all_wrong,
+            all_right=seen.all_right,
+            beside_others=seen.beside_others,
+            accepted=stats.accepted_tokens,
             embedded=sum(
                 record.pooling is not None and record.reasons == ["length"]
                 for record in self.harness.records.values()

@@ -18,7 +18,7 @@ from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
 from headrace.kv.policies.random_eviction import RandomEviction
-from tests.engine.checking_runner import Fault
+from tests.engine.checking_runner import Fault, Guessing
 from tests.engine.harness import VOCAB, Harness, Setup
 
 PROFILES = (EXACT, Profile(salt="tenant"), Profile(adapter="adapter@1"))
@@ -26,8 +26,12 @@ FAULTS = ("early", "submit", "collect", "interrupt", "rows")
 
 
 def is_composable(setup: Setup) -> bool:
-    """Whether a model would be loaded so: a policy decides on all pages of a sequence."""
+    """Whether a model would be loaded so: a policy decides on all pages of a sequence, and guesses
+    need the whole past and a cache from which they can be taken back.
+    """
     whole = setup.windows.count(None) == len(setup.windows) > 0 and not setup.states
+    if setup.drafting and (setup.policies or setup.states or not setup.causal):
+        return False
     return whole or (not setup.policies and setup.causal)
 
 
@@ -44,6 +48,7 @@ setups = st.builds(
     tokens=st.integers(1, 12),
     waiting=st.integers(1, 6),
     policies=st.sampled_from(((), (RandomEviction(0.3), RandomEviction(0.75, seed=1)))),
+    drafting=st.booleans(),
     causal=st.sampled_from((True, True, True, False)),
 ).filter(is_composable)
 
@@ -74,6 +79,7 @@ class EngineMachine(RuleBasedStateMachine):
         seed=st.one_of(st.none(), st.integers(0, 3)),
         ends=st.lists(st.integers(1, 24), max_size=2),
         pooling=st.sampled_from((None, None, None, "last", "mean", "first")),
+        draft=st.sampled_from((None, Guessing(1), Guessing(3), Guessing(7), Guessing(3, False))),
     )
     def add(
         self,
@@ -92,6 +98,7 @@ class EngineMachine(RuleBasedStateMachine):
         seed: int | None,
         ends: list[int],
         pooling: Pooling | None,
+        draft: Guessing | None,
     ) -> None:
         context = self.harness.context
         prompt = (self.texts[text][: int(share * context)] + own)[: context - 1] or [1]
@@ -119,6 +126,7 @@ class EngineMachine(RuleBasedStateMachine):
             policy=policy,
             boundaries=boundaries,
             pooling=pooling,
+            draft=draft,
         )
 
     @rule(count=st.sampled_from((1, 1, 1, 2, 5)))
