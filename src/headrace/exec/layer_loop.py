@@ -131,7 +131,7 @@ class ViewContext(TappedContext):
 
     def _plan(self, layer: int, q: Tensor, cos: Tensor, sin: Tensor) -> Any:
         rows, keys = self.rows, self._arena.cache(layer).keys
-        tables = self._view.tables(layer, rows.table_rows, lambda: rotate(q, cos, sin))
+        tables = self._view.tables(layer, rows, lambda: rotate(q, cos, sin))
         lengths = np.array(rows.lengths)
         shape = StepShape.of_one_group(lengths, self._batch.past, tables, keys.heads)
         return self._ops.attention.plan(shape, keys)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from headrace.contracts.drafting import DraftMethod
 from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow, SampleState
-from headrace.exec.decoding.verifier import DRAW, Chain, numbers
+from headrace.exec.decoding.verifier import DRAW, Chain, judge, numbers
 from headrace.exec.forward import Forward, LoadedModel
 from headrace.exec.sampling import wide
 from headrace.exec.sampling.sampler import Sampler
@@ -75,13 +75,21 @@ def drafting_method(methods: Sequence[Method]) -> DraftMethod:
 
 @dataclass(slots=True)
 class Guess:
-    """A chain that grows: tokens after those that ``state`` has, ``room`` of them at most."""
+    """A chain that grows: tokens after those that ``state`` has, ``room`` of them at most.
+
+    Attributes:
+        start: tokens of the sequence before it.
+    """
 
     row: PlanRow
     state: SampleState
     room: int
     tokens: list[int] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
+
+    @property
+    def start(self) -> int:
+        return len(self.state.prompt_token_ids) + len(self.state.output_token_ids)
 
     @property
     def known(self) -> list[int]:
@@ -91,6 +99,37 @@ class Guess:
     def chain(self) -> Chain:
         """What has been guessed."""
         return Chain(self.tokens, self.weights)
+
+    def below(self, most: int) -> Guess:
+        """What another model may guess here: one token less than there is room for."""
+        room = min(most, self.room - len(self.tokens) - 1)
+        return Guess(self.row, self.state.after(self.tokens), room)
+
+    def as_row(self, slot: int) -> PlanRow:
+        """The token before the guess, and the guess, as inputs of the engine's model.
+
+        ``slot`` is where the input of the step's row goes.
+        """
+        last, row = self.start - 1, self.row
+        ids = [[*self.state.prompt_token_ids, *self.state.output_token_ids][-1], *self.tokens]
+        return replace(
+            row,
+            input_ids=ids,
+            positions=range(last, last + len(ids)),
+            slot=slot + last - row.positions.start,
+            samples=(),
+        )
+
+    def grow(self, below: Guess, logits: Tensor, sampler: Sampler, level: int) -> int:
+        """Add what a model with these ``logits`` makes of a guess made for it; how much of that
+        stays. Where the logits are not finite, the chain ends.
+        """
+        tokens, weights = judge(sampler, below.chain(), logits, below.state, level)
+        self.tokens += tokens
+        self.weights += weights[: len(tokens)]
+        if not tokens:
+            self.room = len(self.tokens)
+        return max(0, len(tokens) - 1)
 
 
 def guess_one_by_one(

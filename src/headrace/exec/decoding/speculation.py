@@ -11,7 +11,7 @@ from torch import Tensor
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.step import PageTables, PlanRow, RowResult, StepPlan
 from headrace.exec.decoding.drafter import Drafter, drafting_method
-from headrace.exec.decoding.verifier import Chain, verify
+from headrace.exec.decoding.verifier import Chain, judge
 from headrace.exec.forward import Forward
 from headrace.exec.sampling.sampler import Sampler, token_logprobs
 
@@ -75,11 +75,9 @@ class Speculation:
     def _judge(self, row: PlanRow, chain: Chain, logits: Tensor) -> RowResult:
         """``logits`` ``[length + 1, vocab]``: at each place of the chain and after it."""
         [state] = row.samples
-        places = [state.after(chain.tokens[:count]) for count in range(len(logits))]
         top = state.params.logprobs
         logprobs = None if top is None else torch.log_softmax(logits.float(), -1)
-        target, usable = self._sampler.distributions(logits, places)
-        tokens = verify(chain, target, usable, state)
+        tokens, _ = judge(self._sampler, chain, logits, state, level=0)
         if not tokens:
             return RowResult(error="no token can be drawn: the logits are not finite")
         reported: Sequence[TokenLogprobs | None] = [None] * len(tokens)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headrace.contracts.step import SampleState
 from headrace.exec.sampling import wide
+from headrace.exec.sampling.sampler import Sampler
 from headrace.exec.sampling.steps import uniform_numbers
 
 DRAW, ACCEPT, RESIDUAL = range(3)
@@ -71,6 +72,19 @@ def verify(
         return [*chain.tokens[:place], _draw(left, places[place], level, RESIDUAL)]
     end = [_draw(target[-1], places[-1], level, DRAW)] if usable[-1] else []
     return [*chain.tokens, *end]
+
+
+def judge(
+    sampler: Sampler, chain: Chain, logits: Tensor, state: SampleState, level: int
+) -> tuple[list[int], Tensor]:
+    """``verify`` for a model's ``logits`` ``[length + 1, vocab]``, which may be changed.
+
+    Returns:
+        The tokens, and what each is distributed as, ``[length + 1, width]``.
+    """
+    places = [state.after(chain.tokens[:count]) for count in range(len(logits))]
+    target, usable = sampler.distributions(logits, places)
+    return verify(chain, target, usable, state, level), target
 
 
 def _draw(weights: Tensor, state: SampleState, level: int, purpose: int) -> int:
