@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from headrace.engine.clock import MonotonicClock
 from headrace.engine.compose import compose_engine, fit_context, shares_prefixes
 from headrace.engine.engine import Engine, EngineLimits
 from headrace.errors import ConfigurationError
+from headrace.exec.extensions import Extensions
+from headrace.exec.forward import Forward, LoadedModel
 from headrace.exec.runner import LocalRunner, trace_shapes
 from headrace.exec.sampling.sampler import Sampler
 from headrace.exec.slot_statistics import SlotStatistics
@@ -26,7 +29,7 @@ from headrace.model_files import ModelFiles, open_model, read_tokenizer
 from headrace.models.base import find_architecture
 from headrace.ops.device import Device, resolve_device
 from headrace.ops.scale_search import make_scale_search
-from headrace.ops.table import make_ops
+from headrace.ops.table import Ops, make_ops
 from headrace.text.tokenizer import Tokenizer
 from headrace.weights.adapters import AdapterBank
 from headrace.weights.formats import WeightPlan
@@ -152,9 +155,11 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     arena = KVArena(layout, num_pages, device.name, config.max_num_seqs)
     methods.open_taps(lambda: trace_shapes(model, arena, ops), ops)
     statistics = make_statistics(methods, arena, context, config.max_num_seqs)
-    runner = LocalRunner(
-        model, arena, ops, sampler, loader.bank.routes, methods.taps, statistics, neurons
-    )
+    extensions = Extensions(loader.bank.routes, methods.taps, statistics, neurons)
+    forward = Forward(model, arena, ops, extensions)
+    load_second = partial(_load_second, config, ops, plan, tokenizer, cache_dtype)
+    methods.open_drafters(forward, sampler, load_second, config.max_num_seqs, context)
+    runner = LocalRunner(forward, sampler, methods.drafters)
     generation = files.generation
     limits = EngineLimits(
         max_model_len=context,
@@ -202,6 +207,38 @@ def make_statistics(
         return None
     schedules = [policy.schedule(arena.layout.block_size) for policy in found]
     return SlotStatistics(arena, num_rows, max(each.most_slots(context) for each in schedules))
+
+
+def _load_second(
+    config: EngineConfig,
+    ops: Ops,
+    plan: WeightPlan,
+    tokenizer: Tokenizer,
+    cache_dtype: str,
+    name: str,
+) -> LoadedModel:
+    """Another model, on the operations of the first. Raises ValueError if its tokens are others."""
+    files = open_model(resolve_model(name, None, config.download_dir))
+    other, source = files.read_tokenizer(), files.checkpoint.config
+    first = [tokenizer.token_text(token) for token in range(tokenizer.vocab_size)]
+    second = [other.token_text(token) for token in range(other.vocab_size)]
+    if first != second:
+        place = next(
+            (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
+            min(len(first), len(second)),
+        )
+        raise ValueError(
+            f"model: {name} has other tokens than the engine's model, the first of them {place}; "
+            "choose one with the same tokenizer"
+        )
+    architecture = find_architecture(source)
+    if not architecture.causal:
+        raise ValueError(f"model: {name} does not generate")
+    shape = architecture.shape(source)
+    states = architecture.layer_states(source, cache_dtype)
+    loader = make_loader(files.checkpoint, architecture.load_map, ops, plan)
+    model = architecture(source, loader, ops)
+    return LoadedModel(model, ops, tuple(states), shape.context, config.block_size)
 
 
 def find_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer:

@@ -16,7 +16,10 @@ from headrace.contracts.load_map import GatedNames
 from headrace.contracts.method import Method, ModelFacts, conflict, of_kind
 from headrace.contracts.slot_policy import SlotPolicy
 from headrace.errors import ConfigurationError, InvalidRequestError
+from headrace.exec.decoding.drafter import Drafter, DrafterMethod, DraftParts
+from headrace.exec.forward import Forward, LoadedModel
 from headrace.exec.neurons import NeuronMethod, NeuronRouter, gated_layers
+from headrace.exec.sampling.sampler import Sampler
 from headrace.exec.taps import SiteShapes, Tap, TapMethod
 from headrace.models.base import DecoderModel
 from headrace.ops.neurons import Activation, NeuronProduct
@@ -27,6 +30,7 @@ ROOMS = (
     "headrace.engine.gangs",
     "headrace.exec.steering",
     "headrace.exec.sparsity",
+    "headrace.exec.decoding.drafters",
 )
 """Packages in which every module is a method, named as it is."""
 
@@ -150,7 +154,7 @@ class MethodSet:
     """The methods of a running engine: all are on where a request does not choose.
 
     Attributes:
-        taps: name of a method -> what it has made ready, once they are opened.
+        taps, drafters: name of a method -> what it has made ready, once they are opened.
 
     Raises:
         ConfigurationError: the model lacks what one needs, or two do not go together.
@@ -158,7 +162,9 @@ class MethodSet:
 
     def __init__(self, methods: Sequence[Method], model: ModelFacts) -> None:
         self.methods = tuple(methods)
+        self._model = model
         self.taps: dict[str, Tap[Any]] = {}
+        self.drafters: dict[str, Drafter] = {}
         for method in self.methods:
             try:
                 method.check(model)
@@ -196,6 +202,22 @@ class MethodSet:
             except ValueError as error:
                 raise ConfigurationError(f"method: {method.name()}: {error}") from None
         return None
+
+    def open_drafters(
+        self,
+        target: Forward,
+        sampler: Sampler,
+        load: Callable[[str], LoadedModel],
+        table_rows: int,
+        context: int,
+    ) -> None:
+        """Make ready what guesses tokens; see ``DraftParts``. Raises as ``open_taps``."""
+        parts = DraftParts(target, sampler, load, table_rows, context, self._model.vocab_size)
+        for method in of_kind(self.methods, DrafterMethod):
+            try:
+                self.drafters[method.name()] = method.open(parts)
+            except ValueError as error:
+                raise ConfigurationError(f"method: {method.name()}: {error}") from None
 
     def choose(self, choice: Choice | None) -> tuple[Method, ...]:
         """The methods of a request that names some, with options of its own; all for ``None``.

@@ -5,13 +5,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contracts.drafting import DraftMethod
 from headrace.contracts.gang import gang_method
 from headrace.contracts.kv_policy import SealedPages
+from headrace.contracts.method import MethodCard, Property
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.profile import Profile
 from headrace.contracts.slot_policy import CompactionSchedule
@@ -54,6 +56,35 @@ class Slot(NamedTuple):
 BLANK = Slot(-1, -1, -1)
 POISON = Slot(-2, -2, -2)
 """What a failed step leaves behind (NaN, say): nobody may ever read it."""
+
+
+def refused(sequence: Sequence) -> Slot:
+    """What a guess that was wrong leaves in a page that its sequence goes on to hold."""
+    return Slot(-3, -3, sequence.number)
+
+
+@dataclass(frozen=True, slots=True)
+class Guessing(DraftMethod):
+    """Tokens that a ``CheckingRunner`` guesses, right or wrong.
+
+    Args:
+        length: in one step at most.
+        always: without regard to what it gains.
+    """
+
+    card: ClassVar[MethodCard] = MethodCard(
+        "", "Guesses.", "exact", breaks=frozenset({Property.FED_TOKENS_STAY})
+    )
+    length: int = 3
+    always: bool = True
+
+    @property
+    def most_drafted(self) -> int:
+        return self.length
+
+    @property
+    def always_on(self) -> bool:
+        return self.always
 
 
 class Violation(BaseException):
@@ -116,6 +147,19 @@ class Fault:
     """Bits choose the rows; the first always fails."""
 
 
+class Guesses(NamedTuple):
+    """What is guessed for a row: so many tokens, of which all but the last of ``tokens`` are
+    right, and that one comes after them.
+    """
+
+    length: int
+    tokens: list[int]
+
+    @property
+    def right(self) -> int:
+        return max(0, len(self.tokens) - 1)
+
+
 @dataclass
 class Seen:
     """What happened so far, so that tests can ask whether they tested anything."""
@@ -143,6 +187,13 @@ class Seen:
     """Slots of others that rows read, counted in every step."""
     kept: int = 0
     """Rows of members of gangs that had ended and were computed again for the others."""
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    all_wrong: int = 0
+    all_right: int = 0
+    beside_others: int = 0
+    """Guesses in steps that other rows, without them, were in."""
     failed: set[str] = field(default_factory=set)
 
 
@@ -207,20 +258,24 @@ class CheckingRunner(Runner):
         for page in plan.blank:
             self._pages[page] = [BLANK] * self._size
         written: set[tuple[int, int]] = set()
+        guesses = [self._guess(row, running[row.sequence]) for row in plan.rows]
         for index, row in enumerate(plan.rows):
-            self._write(row, running[row.sequence], tables, written, index in failing)
+            sequence, fails = running[row.sequence], index in failing
+            self._write(row, sequence, tables, written, fails)
+            self._write_guesses(row, sequence, tables, written, guesses[index], fails)
         if fault is not None and fault.kind == "submit":
             raise RuntimeError("injected into submit")
         results: list[RowResult] = [
             RowResult(error="injected into a row")
             if index in failing
-            else self._run(row, running[row.sequence], tables)
+            else self._run(row, running[row.sequence], tables, guesses[index])
             for index, row in enumerate(plan.rows)
         ]
         for index, row in enumerate(plan.rows):
             if index not in failing:
                 self._compact(row, running[row.sequence], tables)
         self._count(plan)
+        self._count_guesses(plan, guesses)
         ticket = self._inner.submit(plan, tables)
         self._results[ticket] = (StepResult(results), fault)
         return ticket
@@ -287,7 +342,59 @@ class CheckingRunner(Runner):
                 written.add((page, place))
                 self._pages[page][place] = content
 
-    def _run(self, row: PlanRow, sequence: Sequence, tables: PageTables) -> RowResult:
+    def _guess(self, row: PlanRow, sequence: Sequence) -> Guesses:
+        """Some tokens for the room that there is, of which the first ones are right."""
+        if row.draft_room == 0:
+            return Guesses(0, [])
+        [state] = row.samples
+        length = hash((state.seed, row.slot)) % (row.draft_room + 1)
+        right = hash((row.slot, state.seed)) % (length + 1)
+        history = histories(sequence.request.profile, sequence.token_ids)[-1]
+        tokens: list[int] = []
+        for _ in range(right + 1):
+            tokens.append(self._sample(history, state.after(tokens)))
+            history = extend(history, tokens[-1])
+        return Guesses(length, tokens)
+
+    def _write_guesses(
+        self,
+        row: PlanRow,
+        sequence: Sequence,
+        tables: PageTables,
+        written: set[tuple[int, int]],
+        guesses: Guesses,
+        failing: bool,
+    ) -> None:
+        """The guesses go to the slots behind the row's own; those that were wrong stay there."""
+        history = histories(sequence.request.profile, sequence.token_ids)[-1]
+        for offset in range(guesses.length):
+            content = refused(sequence)
+            if offset < guesses.right:
+                history = extend(history, guesses.tokens[offset])
+                content = Slot(guesses.tokens[offset], row.positions.stop + offset, history)
+            column, place = divmod(row.slot + len(row.input_ids) + offset, self._size)
+            for group in self._groups:
+                page = int(tables[group, row.table_row, column])
+                require((page, place) not in written, "a guess goes to another's slot", row, page)
+                written.add((page, place))
+                self._pages[page][place] = POISON if failing else content
+
+    def _count_guesses(self, plan: StepPlan, guesses: SequenceOf[Guesses]) -> None:
+        seen = self.seen
+        made = [each for each in guesses if each.length]
+        seen.drafts += len(made)
+        seen.drafted += sum(each.length for each in made)
+        seen.accepted += sum(each.right for each in made)
+        seen.all_wrong += sum(each.right == 0 for each in made)
+        seen.all_right += sum(each.right == each.length for each in made)
+        seen.beside_others += bool(made) and len(made) < len(plan.rows)
+        for row, each in zip(plan.rows, guesses, strict=True):
+            if each.length:
+                self._fed[row.sequence] += each.right
+
+    def _run(
+        self, row: PlanRow, sequence: Sequence, tables: PageTables, guesses: Guesses
+    ) -> RowResult:
         """Read the context back, compare it with what it has to be, and go on from there."""
         end = row.slot + len(row.input_ids) - row.begin
         known = self._histories(sequence)
@@ -302,10 +409,17 @@ class CheckingRunner(Runner):
             self.seen.passed += first
             read = slots[first:end]
             require(read == expected[first:], "a wrong context is read", row, pages, slots)
-            rest = set(slots[end:])
-            require(rest <= {BLANK}, "padding holds something", row, pages, slots)
+            # Behind the row's inputs are its guesses, and those of earlier steps that were wrong.
+            behind = min(len(slots), end + guesses.right)
+            rest = set(slots[behind:])
+            require(
+                rest <= {BLANK, refused(sequence)}, "padding holds something", row, pages, slots
+            )
         self._advance_state(row, sequence, known)
         tokens = [self._sample(expected[end - 1].history, state) for state in row.samples]
+        if guesses.length:
+            require(tokens == guesses.tokens[:1], "a guess follows something else", row)
+            tokens = guesses.tokens
         scores = [
             score(known[sequence.num_fed + offset], token)
             for offset, token in enumerate(row.score_ids)
@@ -314,7 +428,7 @@ class CheckingRunner(Runner):
         if row.pooling is not None:
             fed = slice(sequence.num_fed, sequence.num_fed + len(row.input_ids))
             pooled = pool(known[fed], row.pooling)
-        return RowResult(tokens, [None] * len(tokens), scores, pooled)
+        return RowResult(tokens, [None] * len(tokens), scores, pooled, drafted=guesses.length)
 
     def _expected(
         self, row: PlanRow, sequence: Sequence, known: list[History], group: int
@@ -412,7 +526,9 @@ class CheckingRunner(Runner):
 
     def _check_plan(self, plan: StepPlan, running: dict[int, Sequence]) -> None:
         limit = self._engine.scheduler.limit
-        require(0 < plan.num_inputs <= limit.tokens, "the budget of inputs is broken", plan)
+        fed = plan.num_inputs + sum(row.draft_room for row in plan.rows)
+        require(plan.num_inputs > 0, "an empty plan")
+        require(fed <= limit.tokens, "the budget of inputs is broken", plan)
         require(len(plan.rows) <= limit.rows, "the budget of rows is broken", plan)
         planned = [row.sequence for row in plan.rows]
         require(len(set(planned)) == len(planned), "a sequence has two rows", plan)
@@ -486,6 +602,14 @@ class CheckingRunner(Runner):
         require(
             [id(s) for s in row.samples] == [id(s.state) for s in samples], "wrong samples", row
         )
+        if row.draft_room:
+            drafting = request.drafting
+            require(drafting is not None, "a request is guessed for that wants none", row)
+            assert drafting is not None
+            require(0 < row.draft_room <= drafting.most_drafted, "too much room", row)
+            require(count == len(row.samples) == 1, "room where nothing is drawn", row)
+            left = request.max_tokens - len(state.output_token_ids)
+            require(bool(state.output_token_ids) and row.draft_room < left, "wrong room", row)
         if request.num_unscored == 0:
             require(not row.score_ids, "the prompt is scored again", row)
         else:

@@ -12,7 +12,7 @@ from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
 from headrace.contracts.gang import GangMethod, gang_method
 from headrace.contracts.kv_policy import KVPolicy
-from headrace.contracts.method import Method, MethodCard
+from headrace.contracts.method import Method, MethodCard, conflict
 from headrace.contracts.outputs import SequenceUpdate, TokenLogprobs
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
@@ -24,6 +24,7 @@ from headrace.plan.simulation import simulated_engine
 from tests.engine.checking_runner import (
     CheckingRunner,
     Fault,
+    Guessing,
     Vector,
     draw,
     histories,
@@ -86,6 +87,8 @@ class Setup:
     """What decides what stays in the cache, of which a request may have one."""
     gangs: tuple[GangMethod, ...] = ()
     """Methods by which sequences of a request may see each other."""
+    drafting: bool = False
+    """Whether requests may have their tokens guessed."""
     causal: bool = True
     """Whether it generates; else a step has room for any prompt."""
 
@@ -188,6 +191,7 @@ class Harness:
         begun: SequenceOf[int] = (),
         boundaries: tuple[int, ...] = (),
         pooling: Pooling | None = None,
+        draft: Guessing | None = None,
     ) -> Record | None:
         """Add a request; ``None`` when the queue is full, or there is no room for a gang. Prompt
         and output are cut to fit.
@@ -204,6 +208,10 @@ class Harness:
         in_gang = gang_method(profile.methods, params.n) is not None and params.max_tokens != 0
         if in_gang and begun:
             beginnings = [[*begun, index] for index in range(params.n)]
+        if draft is not None and self.setup.drafting:
+            together = (*profile.methods, draft)
+            if conflict(together) is None:
+                profile = replace(profile, methods=together)
         request_id = f"request-{len(self.records) + self.refused + self.unfit}"
         prompt = list(prompt)
         full = self.engine.stats().waiting >= self.setup.waiting
@@ -327,6 +335,7 @@ class Harness:
         )
         assert stats.prompt_tokens == sum(len(record.prompt) for record in self.records.values())
         assert (stats.aborted, stats.failed) == (self.aborted, self.failed)
+        assert stats.accepted_tokens <= stats.draft_tokens <= self.runner.seen.drafted
         assert 0 <= stats.pages_used <= stats.pages_total - stats.pages_cached
         assert stats.prefix_hit_tokens <= stats.prefix_query_tokens
         assert stats.running <= self.setup.rows
@@ -420,6 +429,7 @@ class Harness:
         )
         assert (metrics.first_token_time is not None) == any(record.tokens)
         assert metrics.num_cached_tokens < len(record.prompt)
+        assert metrics.num_accepted_tokens <= metrics.num_draft_tokens
         if record.request is not None:
             seeds = [sequence.state.seed for sequence in record.request.sequences]
             assert len(set(seeds)) == record.params.n

@@ -21,7 +21,7 @@ class HashedSlots(SlotPolicy):
         title="",
         summary="Keeps slots by their hash.",
         guarantee="lossy",
-        requires=frozenset({Property.TOKEN_ORDER}),
+        requires=frozenset({Property.TOKEN_ORDER, Property.FED_TOKENS_STAY}),
         breaks=frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST}),
     )
 

@@ -12,7 +12,7 @@ from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
 from headrace.engine.gangs.hogwild_inference import HogwildInference
 from headrace.kv.policies.random_eviction import RandomEviction
-from tests.engine.checking_runner import Fault
+from tests.engine.checking_runner import Fault, Guessing
 from tests.engine.gang_checks import SeesPrevious
 from tests.engine.harness import VOCAB, Harness, Setup, Watching
 from tests.engine.hashed_slots import HashedSlots
@@ -46,6 +46,9 @@ SETUPS = (
     Setup(gangs=GANGS, policy="priority", pages=12, rows=10, tokens=9, block_size=3, context=36),
     Setup(gangs=GANGS, windows=(None, None), pages=30, rows=6, tokens=4, block_size=1, context=40),
     Setup(method_states=True, pages=12, rows=6, tokens=5),
+    Setup(drafting=True, pages=9, rows=4, tokens=9),
+    Setup(drafting=True, policy="priority", pages=12, rows=6, tokens=12, block_size=3),
+    Setup(drafting=True, windows=(None, 5), pages=9, rows=4, tokens=9, block_size=1),
     Setup(causal=False, pages=30, rows=4, tokens=24),
     Setup(causal=False, policy="priority", pages=12, rows=2),
 )
@@ -75,10 +78,15 @@ SITUATIONS = (
     "seen_by_others",
     "kept",
     "unfit",
+    "all_wrong",
+    "all_right",
+    "beside_others",
+    "accepted",
 )
 """Each must happen often. "mixed" steps feed chunks and single tokens together; "resumed" sequences
 feed tokens again after a preemption; "late_forks" had lost the shared prompt by then. "kept" rows
-are of members of gangs that had ended before a preemption; "unfit" gangs are refused.
+are of members of gangs that had ended before a preemption; "unfit" gangs are refused. Guesses were
+"all_wrong" or "all_right", and made "beside_others" that had none.
 """
 
 
@@ -135,6 +143,7 @@ class Walk:
         policy = int(rng.random() < 0.7)
         gang = rng.choice((0, 1, 1, 2))
         begun = self._tokens(rng.randrange(3)) if gangs else []
+        draft = Guessing(rng.choice((1, 3, 7)), rng.random() < 0.7) if rng.random() < 0.7 else None
         self.harness.add(
             prompt,
             params,
@@ -144,6 +153,7 @@ class Walk:
             gang=gang,
             begun=begun,
             pooling=pooling,
+            draft=draft,
         )
 
     def act(self) -> None:
@@ -189,6 +199,10 @@ class Walk:
             seen_by_others=seen.seen_by_others,
             kept=seen.kept,
             unfit=self.harness.unfit,
+            all_wrong=seen.all_wrong,
+            all_right=seen.all_right,
+            beside_others=seen.beside_others,
+            accepted=stats.accepted_tokens,
             embedded=sum(
                 record.pooling is not None and record.reasons == ["length"]
                 for record in self.harness.records.values()

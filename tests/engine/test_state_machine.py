@@ -19,7 +19,7 @@ from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
 from headrace.engine.gangs.hogwild_inference import HogwildInference
 from headrace.kv.policies.random_eviction import RandomEviction
-from tests.engine.checking_runner import Fault
+from tests.engine.checking_runner import Fault, Guessing
 from tests.engine.gang_checks import SeesPrevious
 from tests.engine.harness import VOCAB, Harness, Setup, Watching
 from tests.engine.hashed_slots import HashedSlots
@@ -41,8 +41,12 @@ FAULTS = ("early", "submit", "collect", "interrupt", "rows")
 
 
 def is_composable(setup: Setup) -> bool:
-    """Whether a model would be loaded so: policies and gangs need all pages of a sequence."""
+    """Whether a model would be loaded so: policies and gangs need all pages of a sequence, and
+    guesses a cache from which they can be taken back.
+    """
     whole = setup.windows.count(None) == len(setup.windows) > 0 and not setup.states
+    if setup.drafting and (setup.states or not setup.causal):
+        return False
     if setup.policies or setup.gangs:
         return whole and setup.causal
     return whole or setup.causal
@@ -63,6 +67,7 @@ setups = st.builds(
     waiting=st.integers(1, 6),
     policies=st.sampled_from(POLICIES),
     gangs=st.sampled_from(((), GANGS)),
+    drafting=st.booleans(),
     causal=st.sampled_from((True, True, True, False)),
 ).filter(is_composable)
 
@@ -95,6 +100,7 @@ class EngineMachine(RuleBasedStateMachine):
         seed=st.one_of(st.none(), st.integers(0, 3)),
         ends=st.lists(st.integers(1, 24), max_size=2),
         pooling=st.sampled_from((None, None, None, "last", "mean", "first")),
+        draft=st.sampled_from((None, Guessing(1), Guessing(3), Guessing(7), Guessing(3, False))),
     )
     def add(
         self,
@@ -115,6 +121,7 @@ class EngineMachine(RuleBasedStateMachine):
         seed: int | None,
         ends: list[int],
         pooling: Pooling | None,
+        draft: Guessing | None,
     ) -> None:
         context = self.harness.context
         prompt = (self.texts[text][: int(share * context)] + own)[: context - 1] or [1]
@@ -144,6 +151,7 @@ class EngineMachine(RuleBasedStateMachine):
             begun=begun,
             boundaries=boundaries,
             pooling=pooling,
+            draft=draft,
         )
 
     @rule(count=st.sampled_from((1, 1, 1, 2, 5)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NewType
 
 import numpy as np
@@ -48,6 +48,10 @@ class SampleState:
         """Tokens that may not be sampled now: end tokens below ``min_tokens``."""
         below = len(self.output_token_ids) < self.params.min_tokens
         return self.end_token_ids if below else ()
+
+    def after(self, tokens: Sequence[int]) -> SampleState:
+        """As it would be if these tokens had been generated too."""
+        return replace(self, output_token_ids=[*self.output_token_ids, *tokens])
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,8 @@ class PlanRow:
             lies before it is not read but through segments.
         segments: what the inputs see beside the row's own context.
         num_prompt: so many of the inputs are of the prompt, the others were generated.
+        draft_room: so many slots behind those of the inputs are there for tokens that one of the
+            methods may guess; the row then has one sample.
     """
 
     sequence: int
@@ -130,6 +136,7 @@ class PlanRow:
     begin: int = 0
     segments: Sequence[Segment] = ()
     num_prompt: int = 0
+    draft_room: int = 0
 
     @property
     def ends_prompt(self) -> bool:
@@ -166,6 +173,9 @@ class StepPlan:
 class RowResult:
     """What one plan row produced. ``tokens[i]`` answers ``samples[i]``.
 
+    Where tokens were ``drafted``, so many, there is one sample, and ``tokens`` follow each other:
+    all but the last were guessed right, and are in the slots behind those of the inputs.
+
     ``pooled`` ``[hidden]`` is the hidden state of the last or first input, or, for the mean, the
     sum over all. ``error`` says that this row alone failed; the rest is then meaningless.
     """
@@ -175,6 +185,7 @@ class RowResult:
     scores: Sequence[TokenLogprobs] = ()
     pooled: npt.NDArray[np.float32] | None = None
     error: str | None = None
+    drafted: int = 0
 
 
 @dataclass(slots=True)

@@ -13,7 +13,15 @@ from headrace.contracts.outputs import FinishReason, SequenceUpdate, TokenLogpro
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.stats import EngineStats
-from headrace.contracts.step import Pooling, RowResult, Runner, SampleState, StepPlan, StepResult
+from headrace.contracts.step import (
+    PlanRow,
+    Pooling,
+    RowResult,
+    Runner,
+    SampleState,
+    StepPlan,
+    StepResult,
+)
 from headrace.contracts.text import TextStreamFactory
 from headrace.engine.gang import Gang, most_gang_tokens
 from headrace.engine.scheduler import Scheduler
@@ -23,6 +31,7 @@ from headrace.errors import InvalidRequestError, OverloadedError
 _log = logging.getLogger(__name__)
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
+_NOTHING = RowResult()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,17 @@ class Engine:
         self._ready: list[SequenceUpdate] = []
         self._stats = EngineStats(pages_total=scheduler.accounting.pool.num_pages)
         self._counts = dict.fromkeys(
-            ("prompt_tokens", "generation_tokens", "steps", "aborted", "failed"), 0
+            (
+                "prompt_tokens",
+                "generation_tokens",
+                "steps",
+                "aborted",
+                "failed",
+                "drafts",
+                "draft_tokens",
+                "accepted_tokens",
+            ),
+            0,
         )
 
     # -- requests ---------------------------------------------------------------------------
@@ -288,13 +307,16 @@ class Engine:
                 _log.exception("a step of %d rows failed", len(plan.rows))
                 self._fail_rows(plan, f"{type(error).__name__}: {error}")
             else:
-                self._commit_timed(plan, result, planned - started)
+                self._commit_timed(plan, result, started, planned)
         updates, self._ready = self._ready, []
         return updates
 
-    def _commit_timed(self, plan: StepPlan, result: StepResult, planning: float) -> None:
-        started = self.clock.now()
+    def _commit_timed(
+        self, plan: StepPlan, result: StepResult, started: float, planned: float
+    ) -> None:
+        executed = self.clock.now()
         self._counts["steps"] += 1
+        all_single = plan.num_inputs == len(plan.rows)
         sealing = []
         for row, outcome in zip(plan.rows, result.rows, strict=True):
             sequence = self._sequences.get(row.sequence)
@@ -312,11 +334,14 @@ class Engine:
         for row, outcome in zip(plan.rows, result.rows, strict=True):
             sequence = self._sequences.get(row.sequence)
             if sequence is not None:
-                self._commit_outputs(sequence, outcome)
+                self._commit_outputs(sequence, row, outcome)
+                if sequence.draft_gain is not None and all_single:
+                    drafted = outcome.drafted > 0
+                    sequence.draft_gain.note(len(outcome.tokens), executed - started, drafted)
         self.timings = {
             **result.timings,
-            "plan": planning,
-            "commit": self.clock.now() - started,
+            "plan": planned - started,
+            "commit": self.clock.now() - executed,
         }
 
     def _commit_inputs(self, sequence: Sequence, count: int, outcome: RowResult) -> None:
@@ -335,11 +360,13 @@ class Engine:
         if request.gang is not None and request.gang.can_part:
             self.scheduler.accounting.part(request.gang)
 
-    def _commit_outputs(self, sequence: Sequence, outcome: RowResult) -> None:
+    def _commit_outputs(self, sequence: Sequence, row: PlanRow, outcome: RowResult) -> None:
         """Advance one sequence by what its row produced."""
         request = sequence.request
-        if outcome.tokens:
-            parting = len(outcome.tokens) > 1
+        if outcome.drafted:
+            self._commit_draft(sequence, outcome)
+        elif outcome.tokens:
+            parting = len(row.samples) > 1
             takers = list(request.sequences) if parting else [sequence]
             if parting and request.gang is None:
                 self._fork(sequence, takers[1:])
@@ -350,6 +377,23 @@ class Engine:
         elif request.max_tokens == 0 and sequence.num_pending == 0:
             for each in list(request.sequences):
                 self._finish(each, self._update(each, []), "length")
+
+    def _commit_draft(self, sequence: Sequence, outcome: RowResult) -> None:
+        """Add tokens that were guessed right, each as if it had been fed, and the one after."""
+        metrics, accepted = sequence.request.metrics, len(outcome.tokens) - 1
+        metrics.num_draft_tokens += outcome.drafted
+        metrics.num_accepted_tokens += accepted
+        self._counts["drafts"] += 1
+        self._counts["draft_tokens"] += outcome.drafted
+        self._counts["accepted_tokens"] += accepted
+        for index, (token, logprobs) in enumerate(
+            zip(outcome.tokens, outcome.logprobs, strict=True)
+        ):
+            if index > 0:
+                self._commit_inputs(sequence, 1, _NOTHING)
+            self._append_token(sequence, token, logprobs)
+            if sequence.status is Status.FINISHED:
+                return
 
     def _fork(self, parent: Sequence, children: list[Sequence]) -> None:
         """Start the siblings on the parent's pages; without a free row they wait instead."""

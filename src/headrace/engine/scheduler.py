@@ -71,6 +71,7 @@ class Scheduler:
         self.accounting = accounting
         self.limit = limit
         self._whole_prompts = whole_prompts
+        self._drafting: list[tuple[Sequence, PlanRow]] = []
         self.waiting = OrderedSequences(policy)
         self.running = OrderedSequences(policy)
         self.num_preemptions = 0
@@ -102,6 +103,7 @@ class Scheduler:
             spare -= 0 if single else count
             left -= count
         self._admit(plan, budget.rows, left, now)
+        self._make_draft_room(plan, budget.tokens - plan.num_inputs)
         if plan.rows:
             plan.state_copies = self.accounting.take_state_copies()
         pages = self.accounting.pool.num_pages - self.accounting.num_available
@@ -121,6 +123,8 @@ class Scheduler:
         plan.rows.append(plan_row(sequence, count))
         if request.schedule is not None:
             note_compaction(plan.rows[-1], sequence)
+        if sequence.draft_room > 0:
+            self._drafting.append((sequence, plan.rows[-1]))
         return count
 
     def _schedule_gang(self, leader: Sequence, rows: int, most: int, plan: StepPlan) -> int:
@@ -137,6 +141,15 @@ class Scheduler:
             self.accounting.reserve(member, 1, plan)
             plan.rows.append(plan_row(member, 1))
         return len(feeding)
+
+    def _make_draft_room(self, plan: StepPlan, left: int) -> None:
+        """Let rows guess tokens, with inputs and pages that nobody else wants."""
+        for sequence, row in self._drafting:
+            wanted = min(sequence.draft_room, left)
+            if wanted > 0:
+                row.draft_room = self.accounting.reserve_draft(sequence, wanted, plan)
+                left -= row.draft_room
+        self._drafting.clear()
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it waits, and its known tokens are fed again."""

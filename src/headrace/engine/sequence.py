@@ -8,6 +8,7 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contracts.drafting import DraftMethod
 from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.method import of_kind
 from headrace.contracts.outputs import RequestMetrics, TokenLogprobs
@@ -16,6 +17,7 @@ from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.slot_policy import CompactionSchedule, SlotPolicy
 from headrace.contracts.step import Pooling, SampleState
 from headrace.contracts.text import TextStream
+from headrace.engine.draft_gain import DraftGain
 from headrace.engine.gang import Gang
 from headrace.engine.prefix_tree import SealedRun
 
@@ -39,11 +41,12 @@ class Request:
     step than what lies before it. With ``pooling``, nothing is generated: ``pooled`` gathers what
     makes the embedding. Of each sequence, the first ``num_shareable`` tokens have KV that others
     may share; ``kv_policy`` or ``slot_policy``, with its ``schedule``, decide what it keeps.
-    ``gang``: of its sequences, if they are one.
+    ``gang``: of its sequences, if they are one. ``drafting`` guesses its tokens.
     """
 
     __slots__ = (
         "boundaries",
+        "drafting",
         "gang",
         "kv_policy",
         "max_tokens",
@@ -91,6 +94,7 @@ class Request:
         self.schedule: CompactionSchedule | None = None
         if self.slot_policy is not None:
             self.schedule = self.slot_policy.schedule(block_size)
+        self.drafting = next(iter(of_kind(profile.methods, DraftMethod)), None)
         shared = profile.shared_tokens(len(prompt_token_ids))
         self.num_shareable = sys.maxsize if shared is None else shared
         self.metrics = RequestMetrics(arrival_time)
@@ -146,6 +150,7 @@ class Sequence:
         "arrival",
         "begin",
         "compacted",
+        "draft_gain",
         "index",
         "next_position",
         "num_adopted",
@@ -181,6 +186,7 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.state = state
         self.text = text
+        self.draft_gain = None if request.drafting is None else DraftGain()
         self.status = Status.NEW
         self.table_row = -1
         self.runs: list[SealedRun] = []
@@ -219,6 +225,23 @@ class Sequence:
         if self.request.schedule is not None:
             end = min(end, self.request.schedule.next_stop(self.num_fed))
         return end - self.num_fed
+
+    @property
+    def draft_room(self) -> int:
+        """Tokens that may be guessed behind the one that is pending.
+
+        None before the sequence has parted from its siblings, and none where guessing does not
+        pay. A request that names a seed must not depend on how long steps take.
+        """
+        method, done = self.request.drafting, len(self.state.output_token_ids)
+        if method is None or done == 0 or self.num_pending != 1:
+            return 0
+        assert self.draft_gain is not None
+        params = self.request.params
+        fixed = method.always_on or (params.seed is not None and not params.greedy)
+        if not fixed and not self.draft_gain.pays:
+            return 0
+        return min(method.most_drafted, self.request.max_tokens - done - 1)
 
     def forget_cache(self) -> None:
         """All known tokens are pending again; the caller has released runs and tail."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow
-from headrace.exec.neurons import NeuronRouter
+from headrace.exec.extensions import Extensions
 from headrace.exec.segments import SegmentReads, pages_from, read_segments
 from headrace.exec.slot_statistics import ObservedRow
 from headrace.exec.taps import TappedRows
 from headrace.kv.arena import KVArena
 from headrace.models.base import NeuronStep
-from headrace.ops.paged import StepShape
+from headrace.ops.paged import Indices, StepShape
 from headrace.ops.recurrent import RowSpans
 from headrace.ops.table import Ops
 
@@ -30,6 +30,7 @@ class ForwardBatch:
     Args:
         input_ids, positions: ``[T]``.
         rows: which of them belong together.
+        past: int64 ``[R]``: slots before the inputs of each row.
         attention: one plan per cache group.
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
         tapped: name of a method with a tap -> the inputs that it is for.
@@ -41,6 +42,7 @@ class ForwardBatch:
     input_ids: Tensor
     positions: Tensor
     rows: RowSpans
+    past: Indices
     attention: list[Any]
     adapted: Sequence[tuple[str, Tensor]]
     tapped: Mapping[str, Sequence[TappedRows[Any]]]
@@ -55,8 +57,7 @@ class BatchBuilder:
     Of models that are not causal, it is one per row: tokens see those behind them.
 
     Args:
-        tapping: names of the methods that have taps.
-        neurons: sends inputs through some neurons; ``None`` if nothing asks for that.
+        extensions: whose rows are told apart.
     """
 
     def __init__(
@@ -64,12 +65,10 @@ class BatchBuilder:
         arena: KVArena,
         ops: Ops,
         causal: bool = True,
-        tapping: Collection[str] = (),
-        neurons: NeuronRouter | None = None,
+        extensions: Extensions | None = None,
     ) -> None:
-        self._neurons = neurons
+        self._extensions = extensions or Extensions()
         self._arena = arena
-        self._tapping = tapping
         self._ops = ops
         self._causal = causal
         self._groups = range(len(arena.layout.groups))
@@ -104,14 +103,16 @@ class BatchBuilder:
             self._tensor(ids),
             self._tensor(positions),
             RowSpans(lengths.tolist(), used),
+            past,
             plans,
             self._adapted(rows),
             self._tapped(rows),
             self._observed(rows, tables),
             read_segments(rows, tables, self._arena, self._ops.attention, self._ops.device),
         )
-        if self._neurons is not None:
-            batch.neurons = self._neurons.step(rows, self._arena, bool(batch.adapted))
+        neurons = self._extensions.neurons
+        if neurons is not None:
+            batch.neurons = neurons.step(rows, self._arena, bool(batch.adapted))
         return batch
 
     def _adapted(self, rows: Sequence[PlanRow]) -> list[tuple[str, Tensor]]:
@@ -132,7 +133,7 @@ class BatchBuilder:
         for row in rows:
             end = place + len(row.input_ids)
             for method in row.methods:
-                if method.name() in self._tapping:
+                if method.name() in self._extensions.taps:
                     inputs, answering = found.setdefault(method, ([], []))
                     inputs.extend(range(place, end))
                     answering.extend(range(place + row.num_quiet, end))

@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.contracts.step import Pooling
 from headrace.exec.batch import ForwardBatch
-from headrace.exec.slot_statistics import SlotStatistics
-from headrace.exec.taps import Site, Tap
+from headrace.exec.extensions import Extensions
+from headrace.exec.page_view import PageView
+from headrace.exec.taps import Site
 from headrace.kv.arena import KVArena
-from headrace.models.base import DecoderModel, NeuronRoutes
+from headrace.models.base import DecoderModel
 from headrace.models.layers.rotary import RotaryEmbedding
-from headrace.ops.adapted_linear import AdapterRoutes
-from headrace.ops.paged import AttentionSpec
+from headrace.ops.paged import AttentionSpec, StepShape
 from headrace.ops.reference import add_sinks, rotate
 from headrace.ops.table import Ops
 
 
 class LayerContext:
-    """The ``AttentionContext`` of one micro-batch."""
+    """The ``AttentionContext`` of one micro-batch.
+
+    What methods do in it costs nothing where no row has such a method.
+
+    Args:
+        view: what the layers read in place of the page tables; ``None``: these.
+    """
 
     def __init__(
         self,
         batch: ForwardBatch,
         arena: KVArena,
         ops: Ops,
-        statistics: SlotStatistics | None = None,
+        extensions: Extensions,
+        view: PageView | None = None,
     ) -> None:
-        self._statistics = statistics
         self.rows = batch.rows
         self._batch = batch
         self._arena = arena
         self._ops = ops
+        self._view = view
+        self._statistics = extensions.statistics
         self._angles: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
         self._segment_angles: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
+        taps = extensions.taps
+        self._taps = [(taps[name], rows) for name, rows in batch.tapped.items()]
 
     def attend(
         self,
@@ -50,24 +61,70 @@ class LayerContext:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See ``AttentionContext``."""
+        if self._taps:
+            q = self._tap("query", layer, q)
+            k = self._tap("key", layer, k)
+            v = self._tap("value", layer, v)
         cos, sin = self.angles(rotary)
         attention, cache = self._ops.attention, self._arena.cache(layer)
-        group, segments = self._arena.group_of(layer), self._batch.segments
-        out, lse = attention.attend(q, k, v, cos, sin, cache, spec, self._batch.attention[group])
-        if segments is not None:
-            if rotary not in self._segment_angles:
-                found = rotary.cos_sin(segments.positions, self._ops.dtype)
-                self._segment_angles[rotary] = found
-            seen_from = self._segment_angles[rotary]
-            out, lse = segments.merge(q, (out, lse), seen_from, attention, cache, spec, group)
-        for row in self._batch.observed:
-            assert self._statistics is not None
-            inputs = slice(row.start, row.start + row.queries)
-            turned = rotate(q[inputs], cos[inputs], sin[inputs])
-            self._statistics.note(layer, turned, lse[inputs], spec, row)
+        planned = self._plan(layer, q, cos, sin)
+        out, lse = attention.attend(q, k, v, cos, sin, cache, spec, planned)
+        if self._batch.segments is not None:
+            out, lse = self._see_segments(layer, q, (out, lse), rotary, spec)
+        if self._batch.observed:
+            self._observe(layer, q, lse, (cos, sin), spec)
         if sinks is not None:
             out = add_sinks(out, lse, sinks)
-        return out.flatten(1)
+        return self._tap("attention", layer, out).flatten(1)
+
+    def _plan(self, layer: int, q: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        """What attention made of the step's rows for a layer with these queries, not rotated."""
+        if self._view is None:
+            return self._batch.attention[self._arena.group_of(layer)]
+        keys = self._arena.cache(layer).keys
+        tables = self._view.tables(layer, self.rows, lambda: rotate(q, cos, sin))
+        lengths = np.array(self.rows.lengths)
+        shape = StepShape.of_one_group(lengths, self._batch.past, tables, keys.heads)
+        return self._ops.attention.plan(shape, keys)
+
+    def _see_segments(
+        self,
+        layer: int,
+        q: Tensor,
+        own: tuple[Tensor, Tensor],
+        rotary: RotaryEmbedding,
+        spec: AttentionSpec,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to what rows read beside their own context, merged with that."""
+        segments = self._batch.segments
+        assert segments is not None
+        if rotary not in self._segment_angles:
+            found = rotary.cos_sin(segments.positions, self._ops.dtype)
+            self._segment_angles[rotary] = found
+        angles, cache = self._segment_angles[rotary], self._arena.cache(layer)
+        group = self._arena.group_of(layer)
+        return segments.merge(q, own, angles, self._ops.attention, cache, spec, group)
+
+    def _observe(
+        self,
+        layer: int,
+        q: Tensor,
+        lse: Tensor,
+        angles: tuple[Tensor, Tensor],
+        spec: AttentionSpec,
+    ) -> None:
+        """Let policies take note of the attention of their rows."""
+        assert self._statistics is not None
+        for row in self._batch.observed:
+            inputs = slice(row.start, row.start + row.queries)
+            turned = rotate(q[inputs], *(part[inputs] for part in angles))
+            self._statistics.note(layer, turned, lse[inputs], spec, row)
+
+    def _tap(self, site: Site, layer: int, values: Tensor) -> Tensor:
+        for tap, rows in self._taps:
+            if tap.site == site:
+                values = tap(layer, values, rows)
+        return values
 
     def angles(self, rotary: RotaryEmbedding) -> tuple[Tensor, Tensor]:
         """See ``AttentionContext``."""
@@ -81,49 +138,6 @@ class LayerContext:
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
         """What layer ``layer`` gets of the residual stream ``[T, hidden]``."""
-        return hidden
-
-
-class TappedContext(LayerContext):
-    """The context of a micro-batch with rows whose methods have taps."""
-
-    def __init__(
-        self,
-        batch: ForwardBatch,
-        arena: KVArena,
-        ops: Ops,
-        taps: Mapping[str, Tap[Any]],
-        statistics: SlotStatistics | None = None,
-    ) -> None:
-        super().__init__(batch, arena, ops, statistics)
-        self._taps = [
-            (tap, batch.tapped[name]) for name, tap in taps.items() if name in batch.tapped
-        ]
-
-    def _tap(self, site: Site, layer: int, values: Tensor) -> Tensor:
-        for tap, rows in self._taps:
-            if tap.site == site:
-                values = tap(layer, values, rows)
-        return values
-
-    def attend(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rotary: RotaryEmbedding,
-        spec: AttentionSpec,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """See ``AttentionContext``."""
-        q = self._tap("query", layer, q)
-        k = self._tap("key", layer, k)
-        v = self._tap("value", layer, v)
-        out = super().attend(layer, q, k, v, rotary, spec, sinks)
-        return self._tap("attention", layer, out.unflatten(1, (q.shape[1], -1))).flatten(1)
-
-    def enter(self, layer: int, hidden: Tensor) -> Tensor:
         return self._tap("hidden", layer, hidden)
 
 
@@ -131,37 +145,24 @@ class LayerLoop:
     """Runs a model over micro-batches: all layers of one before the next begins."""
 
     def __init__(
-        self,
-        model: DecoderModel,
-        arena: KVArena,
-        ops: Ops,
-        routes: AdapterRoutes,
-        taps: Mapping[str, Tap[Any]],
-        statistics: SlotStatistics | None = None,
-        neurons: NeuronRoutes | None = None,
+        self, model: DecoderModel, arena: KVArena, ops: Ops, extensions: Extensions | None = None
     ) -> None:
-        self._statistics = statistics
-        self._routes, self._neurons = routes, neurons
-        self._taps = taps
+        self._extensions = extensions or Extensions()
         self._model = model
         self._arena = arena
         self._ops = ops
 
-    def run(self, batches: Sequence[ForwardBatch]) -> Tensor:
+    def run(self, batches: Sequence[ForwardBatch], view: PageView | None = None) -> Tensor:
         """Hidden states of all inputs, ``[T, hidden]``, before the final norm."""
-        hidden = [self._run_layers(batch) for batch in batches]
+        hidden = [self._run_layers(batch, view) for batch in batches]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
-    def _run_layers(self, batch: ForwardBatch) -> Tensor:
-        if batch.tapped:
-            context: LayerContext = TappedContext(
-                batch, self._arena, self._ops, self._taps, self._statistics
-            )
-        else:
-            context = LayerContext(batch, self._arena, self._ops, self._statistics)
-        self._routes.rows = batch.adapted
-        if self._neurons is not None:
-            self._neurons.step = batch.neurons
+    def _run_layers(self, batch: ForwardBatch, view: PageView | None) -> Tensor:
+        extensions = self._extensions
+        context = LayerContext(batch, self._arena, self._ops, extensions, view)
+        extensions.routes.rows = batch.adapted
+        if extensions.neurons is not None:
+            extensions.neurons.routes.step = batch.neurons
         hidden = self._model.embed(batch.input_ids, batch.positions)
         for index, layer in enumerate(self._model.layers):
             hidden = layer.mix(context.enter(index, hidden), context)

@@ -20,15 +20,14 @@ from headrace.contracts.step import (
     StepResult,
     Ticket,
 )
-from headrace.exec.batch import BatchBuilder
-from headrace.exec.layer_loop import LayerLoop
-from headrace.exec.neurons import NeuronRouter
+from headrace.exec.decoding.drafter import Drafter
+from headrace.exec.decoding.speculation import Speculation
+from headrace.exec.extensions import Extensions
+from headrace.exec.forward import Forward
 from headrace.exec.sampling.sampler import Sampler, token_logprobs
-from headrace.exec.slot_statistics import SlotStatistics
 from headrace.exec.taps import SITES, ShapeTap, Site, SiteShapes, Tap
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
-from headrace.ops.adapted_linear import AdapterRoutes
 from headrace.ops.table import Ops
 
 _SCORED_AT_ONCE = 64
@@ -41,36 +40,33 @@ def trace_shapes(model: DecoderModel, arena: KVArena, ops: Ops) -> SiteShapes:
     taps: dict[str, Tap[Any]] = {site: ShapeTap(site, shapes) for site in SITES}
     row = PlanRow(sequence=0, table_row=0, input_ids=[0], positions=range(1), slot=0)
     tables = np.zeros((len(arena.layout.groups), 1, 1), dtype=np.int32)
+    forward = Forward(model, arena, ops, Extensions(taps=taps))
     with torch.inference_mode():
-        [batch] = BatchBuilder(arena, ops, model.causal).build([row], tables)
+        [batch] = forward.builder.build([row], tables)
         batch.tapped = dict.fromkeys(SITES, ())
-        LayerLoop(model, arena, ops, AdapterRoutes(), taps).run([batch])
+        forward.loop.run([batch])
     return shapes
 
 
 class LocalRunner(Runner):
-    """Executes a plan when it is submitted; ``collect`` hands out the result."""
+    """Executes a plan when it is submitted; ``collect`` hands out the result.
+
+    Args:
+        drafters: what guesses tokens, by name of the method.
+    """
 
     def __init__(
         self,
-        model: DecoderModel,
-        arena: KVArena,
-        ops: Ops,
+        forward: Forward,
         sampler: Sampler,
-        routes: AdapterRoutes | None = None,
-        taps: Mapping[str, Tap[Any]] | None = None,
-        statistics: SlotStatistics | None = None,
-        neurons: NeuronRouter | None = None,
+        drafters: Mapping[str, Drafter] | None = None,
     ) -> None:
-        self._statistics = statistics
-        self.arena = arena
+        self.arena = forward.arena
         self.sampler = sampler
-        self._ops = ops
-        divided = None if neurons is None else neurons.routes
-        self._loop = LayerLoop(
-            model, arena, ops, routes or AdapterRoutes(), taps or {}, statistics, divided
-        )
-        self._builder = BatchBuilder(arena, ops, model.causal, (taps or {}).keys(), neurons)
+        self._forward = forward
+        self._ops = forward.ops
+        self._statistics = forward.extensions.statistics
+        self._speculation = Speculation(forward, sampler, drafters or {})
         self._results: dict[Ticket, StepResult] = {}
         self._tickets = 0
 
@@ -93,9 +89,13 @@ class LocalRunner(Runner):
         if self._statistics is not None:
             self._statistics.copy(plan.state_copies)
             self._statistics.clear([row.table_row for row in plan.rows if row.first])
-        batches = self._builder.build(plan.rows, tables)
+        planned, chains = plan, None
+        if any(row.draft_room for row in plan.rows):
+            plan, chains = self._speculation.extend(plan, tables)
+            marks.append(time.perf_counter())
+        batches = self._forward.builder.build(plan.rows, tables)
         marks.append(time.perf_counter())
-        hidden = self._loop.run(batches)
+        hidden = self._forward.loop.run(batches)
         results = [RowResult() for _ in plan.rows]
         self._compact(plan, tables)
         logits = self._last_logits(plan, hidden)
@@ -104,8 +104,11 @@ class LocalRunner(Runner):
             self._sample(plan, logits, results)
         self._score(plan, hidden, results)
         self._pool(plan, hidden, results)
+        if chains:
+            self._speculation.verify(planned, chains, hidden, results)
         marks.append(time.perf_counter())
-        names = ("batch", "forward", "sample")
+        drafting = () if chains is None else ("draft",)
+        names = (*drafting, "batch", "forward", "sample")
         spans = zip(names, marks, marks[1:], strict=False)
         return StepResult(results, {name: end - start for name, start, end in spans})
 
@@ -127,7 +130,7 @@ class LocalRunner(Runner):
             return None
         if len(ends) < len(hidden):
             hidden = hidden[torch.tensor(ends, device=hidden.device)]
-        return self._loop.logits(hidden)
+        return self._forward.loop.logits(hidden)
 
     def _sample(self, plan: StepPlan, logits: Tensor, results: list[RowResult]) -> None:
         """Draw for all rows; a row with several samples repeats its logits."""
@@ -155,7 +158,7 @@ class LocalRunner(Runner):
         for row, result in zip(plan.rows, results, strict=True):
             count = len(row.input_ids)
             if row.pooling is not None:
-                pooled = self._loop.pool(hidden[place : place + count], row.pooling).float()
+                pooled = self._forward.loop.pool(hidden[place : place + count], row.pooling).float()
                 if not bool(torch.isfinite(pooled).all()):
                     result.error = "the embedding is not finite (NaN or infinity)"
                 result.pooled = pooled.cpu().numpy()
@@ -169,7 +172,7 @@ class LocalRunner(Runner):
             for start in range(0, len(row.score_ids), _SCORED_AT_ONCE):
                 tokens = row.score_ids[start : start + _SCORED_AT_ONCE]
                 inputs = hidden[place + start : place + start + len(tokens)]
-                logits = self._loop.logits(inputs).float()
+                logits = self._forward.loop.logits(inputs).float()
                 if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
                     result.error = "the logits of the prompt are not finite (NaN or infinity)"
                     break

@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 
 from torch import Tensor
 
-from headrace.contracts.method import MethodCard
+from headrace.contracts.method import MethodCard, Property
 from headrace.exec.taps import SITES, Site, SiteShapes, Tap, TapMethod, TappedRows
 from headrace.ops.table import Ops
 
@@ -25,6 +25,7 @@ class ActivationRecorder(TapMethod):
         title="",
         summary="Keeps activations where tokens are drawn from, for probes and directions.",
         guarantee="exact",
+        requires=frozenset({Property.FED_TOKENS_STAY}),
     )
 
     at: str = "attention"

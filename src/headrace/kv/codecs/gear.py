@@ -43,7 +43,9 @@ class Gear(KVCodec):
         "Inference of LLM",
         summary="Stores older keys and values in few bits, mended by low rank and outliers.",
         guarantee="lossy",
-        requires=frozenset({Property.PLAIN_ENTRIES, Property.TOKEN_ORDER}),
+        requires=frozenset(
+            {Property.TOKEN_ORDER, Property.PLAIN_ENTRIES, Property.FED_TOKENS_STAY}
+        ),
         breaks=frozenset({Property.PLAIN_ENTRIES}),
     )
 

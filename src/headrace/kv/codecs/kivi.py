@@ -36,7 +36,9 @@ class Kivi(KVCodec):
         title="KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
         summary="Stores older keys and values in few bits: keys by channel, values by token.",
         guarantee="lossy",
-        requires=frozenset({Property.PLAIN_ENTRIES, Property.TOKEN_ORDER}),
+        requires=frozenset(
+            {Property.TOKEN_ORDER, Property.PLAIN_ENTRIES, Property.FED_TOKENS_STAY}
+        ),
         breaks=frozenset({Property.PLAIN_ENTRIES}),
     )
 

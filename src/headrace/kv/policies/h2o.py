@@ -27,7 +27,9 @@ class HeavyHitterOracle(SlotPolicy):
         "Models",
         summary="Keeps a fixed number of slots: the newest, and those with most attention so far.",
         guarantee="lossy",
-        requires=frozenset({Property.TOKEN_ORDER, Property.PLAIN_ENTRIES}),
+        requires=frozenset(
+            {Property.TOKEN_ORDER, Property.PLAIN_ENTRIES, Property.FED_TOKENS_STAY}
+        ),
         breaks=frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST}),
     )
 

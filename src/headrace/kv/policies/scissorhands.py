@@ -34,7 +34,9 @@ class Scissorhands(SlotPolicy):
         "Compression at Test Time",
         summary="Keeps a fixed number of slots, in every head those that stood out most often.",
         guarantee="lossy",
-        requires=frozenset({Property.TOKEN_ORDER, Property.PLAIN_ENTRIES}),
+        requires=frozenset(
+            {Property.TOKEN_ORDER, Property.PLAIN_ENTRIES, Property.FED_TOKENS_STAY}
+        ),
         breaks=frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST}),
     )
 
