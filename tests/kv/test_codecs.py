@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headrace.contracts.cache import ITEM_BYTES
-from headrace.contracts.kv_codec import CodingSchedule, KVCodec
+from headrace.contracts.cache import ITEM_BYTES, attention_layout
+from headrace.contracts.kv_codec import KVCodec, coded_unit
 from headrace.kv.codecs.gear import Gear, low_rank
 from headrace.kv.codecs.kivi import Kivi
 from headrace.kv.packed_bits import (
@@ -27,8 +27,8 @@ CODECS: list[KVCodec] = [
     *(Gear(bits=bits, unit=UNIT) for bits in (2, 4, 8)),
     Gear(rank=0, outliers=0, unit=UNIT),
     Gear(rank=4, outliers=0.1, unit=UNIT),
-    *(Kivi(bits=bits, group=8) for bits in BITS),
-    Kivi(bits=4),
+    *(Kivi(bits=bits, group=8, unit=UNIT) for bits in BITS),
+    Kivi(bits=4, unit=UNIT),
 ]
 
 
@@ -88,8 +88,7 @@ def test_levels_are_near(bits: int) -> None:
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_units_come_back(codec: Any) -> None:
     keys, values = entries()
-    if codec.schedule(4).unit != UNIT:
-        keys, values = keys[:, : codec.schedule(4).unit], values[:, : codec.schedule(4).unit]
+    assert codec.unit_slots(4) == UNIT
     found = coded(codec, keys, values)
     for tensor, wanted in zip(found, (keys, values), strict=True):
         assert tensor.shape == wanted.shape
@@ -118,25 +117,21 @@ def test_the_power_method_finds_what_is_of_low_rank() -> None:
     assert (left.float() @ right.float() - x).abs().max() < 0.02
 
 
-@given(
-    st.integers(1, 4),
-    st.integers(0, 4),
-    st.lists(st.integers(1, 9), min_size=1, max_size=40),
-)
-def test_schedules(unit: int, plain: int, chunks: list[int]) -> None:
-    """What is left as it is never exceeds its bound, whatever the chunks."""
-    schedule = CodingSchedule(4 * unit, 4 * plain)
-    fed = slots = units = 0
-    for chunk in chunks:
-        end = min(fed + chunk, schedule.next_stop(fed))
-        assert end > fed
-        slots, fed = slots + end - fed, end
-        assert slots <= schedule.plain + schedule.unit
-        if schedule.is_due(fed):
-            assert slots == schedule.plain + schedule.unit
-            slots, units = slots - schedule.unit, units + 1
-        assert units == schedule.units(fed)
-        assert slots + units * schedule.unit == fed
+def test_units_lie_in_fewer_pages() -> None:
+    layout = attention_layout(layers=4, kv_heads=2, head_dim=32, dtype="bfloat16", block_size=16)
+    unit = coded_unit(Gear(unit=120), layout)
+    assert unit.slots == 128
+    assert unit.pages < layout.pages_for(128)
+    ends: dict[int, int] = {}
+    for place in unit.places:
+        assert place.offset == ends.get(place.page, 0)
+        ends[place.page] = place.offset + place.part.num_bytes
+    assert len(ends) == unit.pages and max(ends.values()) <= layout.page_bytes
+    assert {place.layer for place in unit.places} == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="make units longer"):
+        coded_unit(Gear(bits=8, unit=16), layout)
+    with pytest.raises(ValueError, match="make units shorter"):
+        coded_unit(Gear(unit=4096), layout)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +143,7 @@ def test_schedules(unit: int, plain: int, chunks: list[int]) -> None:
         (Gear, {"unit": 4}, "unit must be"),
         (Kivi, {"bits": 3}, "bits must be"),
         (Kivi, {"group": 5}, "group must be"),
-        (Kivi, {"plain": -1}, "plain must be"),
+        (Kivi, {"unit": 40}, "unit must be a multiple of the group, 32"),
     ],
 )
 def test_options_out_of_range(kind: Any, options: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from headrace.contracts.cache import ALIGNMENT, ITEM_BYTES
+from headrace.contracts.cache import ALIGNMENT, ITEM_BYTES, CacheLayout
 from headrace.contracts.method import Method, ModelFacts
 
 if TYPE_CHECKING:
@@ -34,40 +34,13 @@ class CodedPart:
         return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-@dataclass(frozen=True, slots=True)
-class CodingSchedule:
-    """Which slots of a sequence are coded: a function of the tokens that it has fed.
-
-    Whenever there are ``plain + unit`` slots as they are, the oldest ``unit`` are coded together.
-    No step feeds beyond such a point, so that what is coded does not depend on the chunks that a
-    text is read in.
-
-    Args:
-        unit: slots that are coded together.
-        plain: newest slots that stay as they are.
-    """
-
-    unit: int
-    plain: int
-
-    def is_due(self, fed: int) -> bool:
-        """Whether a unit is coded when so many tokens have been fed."""
-        return fed >= self.plain + self.unit and (fed - self.plain) % self.unit == 0
-
-    def next_stop(self, fed: int) -> int:
-        """How many tokens may have been fed, at most, when the step ends."""
-        return self.plain + (max(0, fed - self.plain) // self.unit + 1) * self.unit
-
-    def units(self, fed: int) -> int:
-        """How many units are coded of a sequence that has fed so many tokens."""
-        return max(0, fed - self.plain) // self.unit
-
-
 class KVCodec(Method):
-    """Stores all but the newest keys and values of a sequence in fewer bytes.
+    """Stores keys and values in fewer bytes, a unit of tokens at a time.
 
-    Keys are coded as they are cached, rotated. A unit is coded once and never again; its pages are
-    shared as others are.
+    Whenever a unit is full it is coded as a whole, and never again; the tokens behind the last
+    one are cached as they are. No step feeds beyond the end of a unit, so that what a token sees
+    does not depend on the chunks that a text is read in. Keys are coded as they are cached,
+    rotated. Units are shared by their tokens as pages are.
     """
 
     __slots__ = ()
@@ -85,8 +58,8 @@ class KVCodec(Method):
                 )
 
     @abstractmethod
-    def schedule(self, block_size: int) -> CodingSchedule:
-        """What is coded when; ``unit`` and ``plain`` are multiples of ``block_size``."""
+    def unit_slots(self, block_size: int) -> int:
+        """Slots of a unit, a multiple of ``block_size``."""
 
     @abstractmethod
     def parts(self, heads: int, unit: int, width: int) -> tuple[CodedPart, ...]:
@@ -99,3 +72,57 @@ class KVCodec(Method):
     @abstractmethod
     def decode(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values, fp32 ``[n, heads, unit, width]``, of parts ``[n, *shape]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodedPlace:
+    """Where a part of a layer is in the pages of a unit.
+
+    Args:
+        page: of the unit's; offset: in bytes, from its beginning.
+    """
+
+    layer: int
+    part: CodedPart
+    page: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class CodedUnit:
+    """A unit as the arena stores it: so many pages, and what is where in them."""
+
+    slots: int
+    pages: int
+    places: tuple[CodedPlace, ...]
+
+
+def coded_unit(codec: KVCodec, layout: CacheLayout) -> CodedUnit:
+    """How units of a codec lie in pages of a layout, each part where there is room first.
+
+    Raises:
+        ValueError: a part is larger than a page, or units take no fewer pages than they did.
+    """
+    slots = codec.unit_slots(layout.block_size)
+    [group] = layout.groups
+    used: list[int] = []
+    places = []
+    for layer, planes in zip(group.layers, group.planes, strict=True):
+        for part in codec.parts(planes[0].heads, slots, planes[0].width):
+            size = part.num_bytes
+            if size > layout.page_bytes:
+                raise ValueError(
+                    f"a unit of {slots} tokens does not fit pages of {layout.page_bytes} bytes; "
+                    "make units shorter, or raise block_size"
+                )
+            page = next((i for i, n in enumerate(used) if n + size <= layout.page_bytes), len(used))
+            if page == len(used):
+                used.append(0)
+            places.append(CodedPlace(layer, part, page, used[page]))
+            used[page] += size
+    if len(used) >= layout.pages_for(slots):
+        raise ValueError(
+            f"{slots} tokens take {len(used)} pages coded and {layout.pages_for(slots)} as they "
+            "are; make units longer"
+        )
+    return CodedUnit(slots, len(used), tuple(places))

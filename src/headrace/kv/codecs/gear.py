@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from headrace.contracts.kv_codec import CodedPart, CodingSchedule, KVCodec
+from headrace.contracts.kv_codec import CodedPart, KVCodec
 from headrace.contracts.method import MethodCard, Property
 from headrace.kv.packed_bits import (
     dequantize_range,
@@ -35,7 +35,6 @@ class Gear(KVCodec):
         rank: of the matrix, 0 for none.
         outliers: share of the entries that are kept.
         unit: tokens that are coded together.
-        plain: newest tokens that are not coded.
     """
 
     card: ClassVar[MethodCard] = MethodCard(
@@ -53,7 +52,6 @@ class Gear(KVCodec):
     rank: int = 2
     outliers: float = 0.02
     unit: int = 128
-    plain: int = 64
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
@@ -62,15 +60,11 @@ class Gear(KVCodec):
             raise ValueError(f"rank must be between 0 and 16, got {self.rank}")
         if not 0 <= self.outliers <= 0.2:
             raise ValueError(f"outliers must be between 0 and 0.2, got {self.outliers}")
-        if not 8 <= self.unit <= 4096 or self.plain < 0:
-            raise ValueError(
-                f"unit must be between 8 and 4096 and plain at least 0, got {self.unit} and "
-                f"{self.plain}"
-            )
+        if not 8 <= self.unit <= 4096:
+            raise ValueError(f"unit must be between 8 and 4096, got {self.unit}")
 
-    def schedule(self, block_size: int) -> CodingSchedule:
-        unit, plain = (-(-x // block_size) * block_size for x in (self.unit, self.plain))
-        return CodingSchedule(unit, plain)
+    def unit_slots(self, block_size: int) -> int:
+        return -(-self.unit // block_size) * block_size
 
     def parts(self, heads: int, unit: int, width: int) -> tuple[CodedPart, ...]:
         found = []
