@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from headrace.config import FULL, EngineConfig
+from headrace.contracts.kv_codec import KVCodec
 from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.load_map import GatedNames
 from headrace.contracts.method import Method, ModelFacts, conflict, of_kind
@@ -27,6 +28,7 @@ from headrace.ops.table import Ops
 
 ROOMS = (
     "headrace.kv.policies",
+    "headrace.kv.codecs",
     "headrace.engine.gangs",
     "headrace.exec.steering",
     "headrace.exec.sparsity",
@@ -34,7 +36,7 @@ ROOMS = (
 )
 """Packages in which every module is a method, named as it is."""
 
-CACHE_KINDS: tuple[type[Method], ...] = (KVPolicy, SlotPolicy)
+CACHE_KINDS: tuple[type[Method], ...] = (KVPolicy, SlotPolicy, KVCodec)
 """Kinds that decide what stays in the KV cache."""
 
 Choice = Mapping[str, Mapping[str, Any]]

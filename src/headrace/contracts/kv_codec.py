@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -82,7 +82,6 @@ class CodedPlace:
         page: of the unit's; offset: in bytes, from its beginning.
     """
 
-    layer: int
     part: CodedPart
     page: int
     offset: int
@@ -90,11 +89,11 @@ class CodedPlace:
 
 @dataclass(frozen=True, slots=True)
 class CodedUnit:
-    """A unit as the arena stores it: so many pages, and what is where in them."""
+    """A unit as the arena stores it: so many pages, and where they have what of each layer."""
 
     slots: int
     pages: int
-    places: tuple[CodedPlace, ...]
+    places: Mapping[int, Sequence[CodedPlace]]
 
 
 def coded_unit(codec: KVCodec, layout: CacheLayout) -> CodedUnit:
@@ -106,7 +105,7 @@ def coded_unit(codec: KVCodec, layout: CacheLayout) -> CodedUnit:
     slots = codec.unit_slots(layout.block_size)
     [group] = layout.groups
     used: list[int] = []
-    places = []
+    places: dict[int, list[CodedPlace]] = {}
     for layer, planes in zip(group.layers, group.planes, strict=True):
         for part in codec.parts(planes[0].heads, slots, planes[0].width):
             size = part.num_bytes
@@ -118,11 +117,11 @@ def coded_unit(codec: KVCodec, layout: CacheLayout) -> CodedUnit:
             page = next((i for i, n in enumerate(used) if n + size <= layout.page_bytes), len(used))
             if page == len(used):
                 used.append(0)
-            places.append(CodedPlace(layer, part, page, used[page]))
+            places.setdefault(layer, []).append(CodedPlace(part, page, used[page]))
             used[page] += size
     if len(used) >= layout.pages_for(slots):
         raise ValueError(
             f"{slots} tokens take {len(used)} pages coded and {layout.pages_for(slots)} as they "
             "are; make units longer"
         )
-    return CodedUnit(slots, len(used), tuple(places))
+    return CodedUnit(slots, len(used), places)

@@ -14,6 +14,7 @@ from typing import Literal, NewType
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contracts.kv_codec import CodedUnit, KVCodec
 from headrace.contracts.method import Method
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.sampling import SamplingParams
@@ -90,6 +91,22 @@ class Compaction:
 
 
 @dataclass(slots=True)
+class CodedContext:
+    """The units before a row's own slots, and the one that its slots become.
+
+    Args:
+        pages: of the units in order, int32 ``[units, unit.pages]``.
+        fills: int32 ``[unit.pages]``: where the row's slots are coded when the step ends, since
+            they are a unit then; nobody else holds these. ``None``: they are not.
+    """
+
+    codec: KVCodec
+    unit: CodedUnit
+    pages: npt.NDArray[np.int32]
+    fills: npt.NDArray[np.int32] | None
+
+
+@dataclass(slots=True)
 class PlanRow:
     """What one sequence feeds in this step.
 
@@ -109,6 +126,7 @@ class PlanRow:
         first: nothing has been fed since the sequence got its table row.
         observer: watches the attention of the inputs, if any does.
         compaction: what becomes of the slots after the step.
+        coded: what is before the slots, if it is coded.
         num_quiet: so many of the inputs come before the first one that a token is drawn from.
         begin: the slot at which the row's own context begins, a multiple of the block size. What
             lies before it is not read but through segments.
@@ -133,6 +151,7 @@ class PlanRow:
     first: bool = False
     observer: SlotPolicy | None = None
     compaction: Compaction | None = None
+    coded: CodedContext | None = None
     begin: int = 0
     segments: Sequence[Segment] = ()
     num_prompt: int = 0

@@ -12,7 +12,7 @@ from headrace.contracts.step import PageTables, StepPlan
 from headrace.engine.gang import Gang
 from headrace.engine.page_pool import PagePool
 from headrace.engine.prefix_tree import PrefixTree, SealedRun
-from headrace.engine.sequence import Sequence
+from headrace.engine.sequence import Request, Sequence
 
 
 class CacheAccounting:
@@ -82,6 +82,9 @@ class CacheAccounting:
             return self.tree.match_compacted(
                 request.profile, sequence.token_ids, known, request.schedule
             )
+        if request.unit is not None:
+            slots = request.unit.slots
+            return self.tree.match_units(request.profile, sequence.token_ids, known, slots)
         runs = self.tree.match(request.profile, sequence.token_ids, limit)
         return runs if self.layout.window is None else runs[: self._readable(runs)]
 
@@ -101,12 +104,11 @@ class CacheAccounting:
 
     def pages_to_admit(self, sequence: Sequence, runs: list[SealedRun]) -> int:
         """Pages that must be available to adopt ``runs`` and hold all known tokens."""
-        schedule = sequence.request.schedule
-        if schedule is not None:
-            most = self.layout.pages_for(schedule.most_slots(len(sequence.token_ids)))
+        most = self.pages_at_once(sequence.request, len(sequence.token_ids))
+        if most is not None:
             idle = sum(len(run.pages) for run in runs if run.users == 0)
             held = sum(len(run.pages) for run in runs)
-            return most * self._num_groups - held + idle
+            return most - held + idle
         gang = sequence.request.gang
         if gang is None:
             new = self.layout.pages_for(len(sequence.token_ids)) - len(runs)
@@ -125,10 +127,26 @@ class CacheAccounting:
             needed += min(passing, self._columns_in_window) * windows
         return needed
 
+    def pages_at_once(self, request: Request, tokens: int) -> int | None:
+        """Pages that a sequence of so many tokens has at most at once, where slots are reduced or
+        coded; ``None``: where they are not.
+        """
+        if request.schedule is not None:
+            slots = request.schedule.most_slots(tokens)
+            return self.layout.pages_for(slots) * self._num_groups
+        if request.unit is not None:
+            own = self.layout.pages_for(min(tokens, request.unit.slots))
+            return tokens // request.unit.slots * request.unit.pages + own
+        return None
+
     def admit(self, sequence: Sequence, runs: list[SealedRun]) -> None:
         """Give a waiting sequence a table row and the runs that ``match`` found."""
         self.take_row(sequence)
         sequence.tail = []
+        if runs and sequence.request.unit is not None:
+            self._hold_units(sequence, runs)
+            sequence.num_fed = sequence.next_position = sequence.num_adopted = runs[-1].tokens
+            return
         if runs and runs[-1].tokens:
             self._hold_compacted(sequence, runs[-1])
             sequence.num_fed = sequence.next_position = sequence.num_adopted = runs[-1].tokens
@@ -163,6 +181,12 @@ class CacheAccounting:
         sequence.num_slots = len(columns) * self.layout.block_size
         self.tables[:, sequence.table_row, : len(columns)] = np.transpose(columns)
 
+    def _hold_units(self, sequence: Sequence, units: Iterable[SealedRun]) -> None:
+        """Let a sequence begin with units, behind which it has no slots yet."""
+        for unit in units:
+            self.tree.hold(unit)
+            sequence.units.append(unit)
+
     def _columns_of(self, run: SealedRun | None) -> list[list[int]]:
         """The pages of a compacted run, one for each group at a time."""
         if run is None:
@@ -180,9 +204,11 @@ class CacheAccounting:
         count = 0 if compacted is None else len(compacted.pages) // self._num_groups
         return count + len(sequence.runs) + len(sequence.tail)
 
-    def _columns_to_compact(self, sequence: Sequence, count: int) -> int:
-        """Columns that are filled if the step ends with a compaction."""
-        schedule = sequence.request.schedule
+    def _columns_to_fill(self, sequence: Sequence, count: int) -> int:
+        """Columns that are filled if the step ends with a compaction or a coded unit."""
+        schedule, unit = sequence.request.schedule, sequence.request.unit
+        if unit is not None:
+            return unit.pages if sequence.num_slots + count == unit.slots else 0
         if schedule is None or not schedule.is_due(sequence.num_fed + count):
             return 0
         return self.layout.pages_for(schedule.budget)
@@ -198,7 +224,7 @@ class CacheAccounting:
         owned = self._num_columns(sequence)
         room = owned * size - sequence.num_slots
         shared = room > 0 and any(self.pool.references[page] > 1 for page in sequence.tail[-1])
-        filled = self._columns_to_compact(sequence, count)
+        filled = self._columns_to_fill(sequence, count)
         if room >= count and not shared and not filled:
             return count
         affordable = self.num_available // groups - shared
@@ -259,6 +285,9 @@ class CacheAccounting:
         are free.
         """
         size = self.layout.block_size
+        if sequence.request.unit is not None:
+            self._code(sequence)
+            return
         if sequence.compacted is not None:
             self._compact(sequence)
             return
@@ -302,6 +331,24 @@ class CacheAccounting:
             self._release_pages(self.tree.drop_window(old))
             self._release_pages(self.tree.drop(old))
         sequence.runs, sequence.ordinals, sequence.tail, sequence.spare = [], [], [], []
+
+    def _code(self, sequence: Sequence) -> None:
+        """If the step ended with a coded unit, hold it in place of the slots."""
+        if not sequence.spare:
+            return
+        request, end = sequence.request, sequence.num_fed
+        pages = tuple(page for column in sequence.spare for page in column)
+        key = tuple(sequence.token_ids[end - sequence.num_slots : end])
+        if self._share and end <= request.num_shareable:
+            parent = sequence.units[-1] if sequence.units else self.tree.root(request.profile)
+            run, unused = self.tree.insert(parent, key, pages, end)
+        else:
+            run, unused = self.tree.new_run(pages, key, end), []
+        self._hold_units(sequence, [run])
+        self._release_pages(unused)
+        for column in sequence.tail:
+            self._release_pages(column)
+        sequence.tail, sequence.spare, sequence.num_slots = [], [], 0
 
     def _pass(self, sequence: Sequence) -> None:
         """Let go of pages that the sequence has behind its window."""
@@ -375,6 +422,7 @@ class CacheAccounting:
         if parent.compacted is not None:
             self.tree.hold(parent.compacted)
             child.compacted = parent.compacted
+        self._hold_units(child, parent.units)
         if self.layout.all_states or parent.request.slot_policy is not None:
             self._state_copies.append((parent.table_row, child.table_row))
         child.runs = list(parent.runs)
@@ -403,6 +451,8 @@ class CacheAccounting:
             self._release_pages(column)
         if sequence.compacted is not None:
             self._release_pages(self.tree.drop(sequence.compacted))
+        for unit in reversed(sequence.units):
+            self._release_pages(self.tree.drop(unit))
         for index in range(len(sequence.runs) - 1, -1, -1):
             run = sequence.runs[index]
             if index >= sequence.num_passed:
@@ -426,8 +476,8 @@ class CacheAccounting:
                 users[run] = users.get(run, 0) + 1
                 if self.layout.window is not None and index >= sequence.num_passed:
                     window_users[run] = window_users.get(run, 0) + 1
-            if sequence.compacted is not None:
-                users[sequence.compacted] = users.get(sequence.compacted, 0) + 1
+            for run in [*sequence.units, *([sequence.compacted] if sequence.compacted else [])]:
+                users[run] = users.get(run, 0) + 1
             for column in [*sequence.tail, *sequence.spare]:
                 for page in column:
                     expected[page] += 1

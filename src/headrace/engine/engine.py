@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 from headrace.contracts.clock import Clock
 from headrace.contracts.gang import GangMethod, gang_method
+from headrace.contracts.kv_codec import CodedUnit, KVCodec, coded_unit
+from headrace.contracts.method import of_kind
 from headrace.contracts.outputs import FinishReason, SequenceUpdate, TokenLogprobs
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
@@ -223,8 +225,9 @@ class Engine:
             boundaries,
             pooling,
             self.scheduler.accounting.layout.block_size,
+            self._unit(profile),
         )
-        self._check_schedule(request)
+        self._check_pages(request)
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         ends = params.stop_ids + (() if params.ignore_eos else self.limits.eos_token_ids)
         for index in range(params.n):
@@ -247,20 +250,26 @@ class Engine:
         else:
             self.scheduler.enqueue(request.sequences[0])
 
-    def _check_schedule(self, request: Request) -> None:
-        """Raise InvalidRequestError if compactions need more pages than there are."""
-        schedule, accounting = request.schedule, self.scheduler.accounting
-        if schedule is None:
-            return
-        slots = schedule.most_slots(len(request.prompt_token_ids) + request.max_tokens)
-        # One more column: of sequences that parted, the last one is copied.
-        needed = (accounting.layout.pages_for(slots) + 1) * len(accounting.layout.groups)
+    def _check_pages(self, request: Request) -> None:
+        """Raise InvalidRequestError if reducing or coding slots needs more pages than there are."""
+        accounting = self.scheduler.accounting
+        tokens = len(request.prompt_token_ids) + request.max_tokens
+        most = accounting.pages_at_once(request, tokens)
+        # One more for each group: of sequences that parted, the last page is copied.
+        needed = 0 if most is None else most + len(accounting.layout.groups)
         if needed > accounting.pool.num_pages:
             raise InvalidRequestError(
                 "methods",
-                f"reducing slots takes up to {needed} pages at once, and there are "
+                f"reducing or coding slots takes up to {needed} pages at once, and there are "
                 f"{accounting.pool.num_pages}; lower the budget or raise kv_cache_memory_bytes",
             )
+
+    def _unit(self, profile: Profile) -> CodedUnit | None:
+        """How the KV of a request is coded."""
+        layout = self.scheduler.accounting.layout
+        for codec in of_kind(profile.methods, KVCodec):
+            return coded_unit(codec, layout)
+        return None
 
     @staticmethod
     def _make_gang(

@@ -22,7 +22,8 @@ class SealedRun:
 
     A *compacted* run stands for all of the ``tokens`` up to its end; it has any number of pages per
     group, and whoever holds it does not hold its parents. These may lose their pages and stay as
-    ``hollow`` runs, which only lead to it.
+    ``hollow`` runs, which only lead to it. A coded unit has any number of pages as well, and
+    stands for its own tokens alone.
     """
 
     __slots__ = (
@@ -131,6 +132,19 @@ class PrefixTree:
             if run.hollow:
                 break
             found.append(run)
+        return found
+
+    def match_units(
+        self, profile: Profile, token_ids: Sequence[int], limit: int, slots: int
+    ) -> list[SealedRun]:
+        """As ``match``, in units of so many tokens, up to ``limit`` tokens."""
+        found: list[SealedRun] = []
+        node = self._roots.get(profile)
+        while node is not None and (len(found) + 1) * slots <= limit:
+            start = len(found) * slots
+            node = node.children.get(tuple(token_ids[start : start + slots]))
+            if node is not None:
+                found.append(node)
         return found
 
     def new_run(self, pages: tuple[int, ...], key: RunKey, tokens: int = 0) -> SealedRun:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from headrace.contracts.kv_codec import CodedUnit, KVCodec
+from headrace.contracts.method import of_kind
 from headrace.contracts.scheduling import SchedulerPolicy, StepBudget
-from headrace.contracts.step import Compaction, PlanRow, SampleState, StepPlan
+from headrace.contracts.step import CodedContext, Compaction, PlanRow, SampleState, StepPlan
 from headrace.engine.cache_accounting import CacheAccounting
 from headrace.engine.gang import Gang
 from headrace.engine.sequence import Sequence, Status
@@ -123,6 +125,8 @@ class Scheduler:
         plan.rows.append(plan_row(sequence, count))
         if request.schedule is not None:
             note_compaction(plan.rows[-1], sequence)
+        if request.unit is not None:
+            plan.rows[-1].coded = coded_context(sequence, request.unit)
         if sequence.draft_room > 0:
             self._drafting.append((sequence, plan.rows[-1]))
         return count
@@ -305,3 +309,12 @@ def note_compaction(row: PlanRow, sequence: Sequence) -> None:
     if sequence.spare:
         pages = np.array(sequence.spare, dtype=np.int32).T
         row.compaction = Compaction(policy, schedule.budget, pages)
+
+
+def coded_context(sequence: Sequence, unit: CodedUnit) -> CodedContext:
+    """The units of a sequence, and the one that its slots become."""
+    [codec] = of_kind(sequence.request.profile.methods, KVCodec)
+    pages = np.array([run.pages for run in sequence.units], dtype=np.int32)
+    fills = [page for column in sequence.spare for page in column]
+    filled = np.array(fills, dtype=np.int32) if fills else None
+    return CodedContext(codec, unit, pages.reshape(-1, unit.pages), filled)

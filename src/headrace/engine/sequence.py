@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.contracts.drafting import DraftMethod
+from headrace.contracts.kv_codec import CodedUnit
 from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.method import of_kind
 from headrace.contracts.outputs import RequestMetrics, TokenLogprobs
@@ -41,7 +42,8 @@ class Request:
     step than what lies before it. With ``pooling``, nothing is generated: ``pooled`` gathers what
     makes the embedding. Of each sequence, the first ``num_shareable`` tokens have KV that others
     may share; ``kv_policy`` or ``slot_policy``, with its ``schedule``, decide what it keeps.
-    ``gang``: of its sequences, if they are one. ``drafting`` guesses its tokens.
+    ``gang``: of its sequences, if they are one. ``drafting`` guesses its tokens. Its KV is coded
+    in a ``unit`` at a time, if at all.
     """
 
     __slots__ = (
@@ -64,6 +66,7 @@ class Request:
         "sequences",
         "slot_policy",
         "unfinished",
+        "unit",
     )
 
     def __init__(
@@ -78,7 +81,9 @@ class Request:
         boundaries: tuple[int, ...] = (),
         pooling: Pooling | None = None,
         block_size: int = 1,
+        unit: CodedUnit | None = None,
     ) -> None:
+        self.unit = unit
         self.request_id = request_id
         asked = profile.boundaries(len(prompt_token_ids))
         self.boundaries = tuple(sorted({*boundaries, *asked}))
@@ -142,8 +147,9 @@ class Sequence:
     (columns of writable pages, one page per cache group). ``num_sealed`` runs there have been, of
     which those with ``ordinals`` are left; of the first ``num_passed`` the sequence no longer holds
     the pages with a window. Where slots have been reduced, ``compacted`` comes in place of the
-    runs, and ``spare`` columns are what the compaction of this step fills. Its own context begins
-    at slot ``begin``; see ``PlanRow``.
+    runs, and ``spare`` columns are what the compaction of this step fills, or a coded unit.
+    ``units`` come before the slots, and are none. Its own context begins at slot ``begin``; see
+    ``PlanRow``.
     """
 
     __slots__ = (
@@ -169,6 +175,7 @@ class Sequence:
         "tail",
         "text",
         "token_ids",
+        "units",
     )
 
     def __init__(
@@ -194,6 +201,7 @@ class Sequence:
         self.tail: list[list[int]] = []
         self.compacted: SealedRun | None = None
         self.spare: list[list[int]] = []
+        self.units: list[SealedRun] = []
         self.num_fed = self.num_slots = self.next_position = 0
         self.num_sealed = self.num_passed = self.begin = 0
         self.num_adopted = -1
@@ -224,6 +232,8 @@ class Sequence:
                 break
         if self.request.schedule is not None:
             end = min(end, self.request.schedule.next_stop(self.num_fed))
+        if self.request.unit is not None:
+            end = min(end, self.num_fed - self.num_slots + self.request.unit.slots)
         return end - self.num_fed
 
     @property
@@ -251,5 +261,6 @@ class Sequence:
         self.tail = []
         self.compacted = None
         self.spare = []
+        self.units = []
         self.num_fed = self.num_slots = self.next_position = 0
         self.num_sealed = self.num_passed = self.begin = 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow
+from headrace.exec.coded_past import CodedRow, coded_rows
 from headrace.exec.extensions import Extensions
 from headrace.exec.segments import SegmentReads, pages_from, read_segments
 from headrace.exec.slot_statistics import ObservedRow
@@ -36,6 +37,7 @@ class ForwardBatch:
         tapped: name of a method with a tap -> the inputs that it is for.
         observed: the rows whose attention is noted.
         segments: what inputs read beside the own context of their rows.
+        coded: the rows with coded units before their own slots.
         neurons: which inputs go through some neurons only, if any do.
     """
 
@@ -48,6 +50,7 @@ class ForwardBatch:
     tapped: Mapping[str, Sequence[TappedRows[Any]]]
     observed: Sequence[ObservedRow] = ()
     segments: SegmentReads | None = None
+    coded: Sequence[CodedRow] = ()
     neurons: NeuronStep | None = None
 
 
@@ -109,6 +112,7 @@ class BatchBuilder:
             self._tapped(rows),
             self._observed(rows, tables),
             read_segments(rows, tables, self._arena, self._ops.attention, self._ops.device),
+            coded_rows(rows, self._ops.device),
         )
         neurons = self._extensions.neurons
         if neurons is not None:
@@ -178,6 +182,7 @@ def _single_input(row: PlanRow, index: int) -> PlanRow:
         methods=row.methods,
         num_quiet=int(index < row.num_quiet),
         observer=row.observer,
+        coded=row.coded,
         begin=row.begin,
         segments=row.segments,
         num_prompt=int(index < row.num_prompt),

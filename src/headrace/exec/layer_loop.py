@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headrace.contracts.step import Pooling
 from headrace.exec.batch import ForwardBatch
+from headrace.exec.coded_past import attend_coded
 from headrace.exec.extensions import Extensions
 from headrace.exec.page_view import PageView
 from headrace.exec.taps import Site
@@ -71,6 +72,11 @@ class LayerContext:
         out, lse = attention.attend(q, k, v, cos, sin, cache, spec, planned)
         if self._batch.segments is not None:
             out, lse = self._see_segments(layer, q, (out, lse), rotary, spec)
+        for row in self._batch.coded:
+            inputs = slice(row.start, row.start + row.queries)
+            turned = rotate(q[inputs], cos[inputs], sin[inputs])
+            seen = attend_coded(self._arena, layer, turned, (out[inputs], lse[inputs]), row, spec)
+            out[inputs], lse[inputs] = seen
         if self._batch.observed:
             self._observe(layer, q, lse, (cos, sin), spec)
         if sinks is not None:

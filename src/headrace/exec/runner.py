@@ -20,6 +20,7 @@ from headrace.contracts.step import (
     StepResult,
     Ticket,
 )
+from headrace.exec.coded_past import fill_unit
 from headrace.exec.decoding.drafter import Drafter
 from headrace.exec.decoding.speculation import Speculation
 from headrace.exec.extensions import Extensions
@@ -97,7 +98,7 @@ class LocalRunner(Runner):
         marks.append(time.perf_counter())
         hidden = self._forward.loop.run(batches)
         results = [RowResult() for _ in plan.rows]
-        self._compact(plan, tables)
+        self._reduce(plan, tables)
         logits = self._last_logits(plan, hidden)
         marks.append(time.perf_counter())
         if logits is not None:
@@ -112,12 +113,14 @@ class LocalRunner(Runner):
         spans = zip(names, marks, marks[1:], strict=False)
         return StepResult(results, {name: end - start for name, start, end in spans})
 
-    def _compact(self, plan: StepPlan, tables: PageTables) -> None:
-        """Reduce the slots of the rows for which that is due."""
+    def _reduce(self, plan: StepPlan, tables: PageTables) -> None:
+        """Reduce or code the slots of the rows for which that is due."""
         for row in plan.rows:
             if row.compaction is not None:
                 assert self._statistics is not None
                 self._statistics.compact(row, row.compaction, tables)
+            if row.coded is not None:
+                fill_unit(self.arena, row, row.coded, tables)
 
     def _last_logits(self, plan: StepPlan, hidden: Tensor) -> Tensor | None:
         """Logits after the last input of every row that samples."""
