@@ -136,6 +136,7 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         shape.context,
         shape.vocab_size,
         architecture.causal,
+        config.block_size,
         architecture.rotary_attention,
     )
     methods = MethodSet(wanted_methods, facts)

@@ -177,6 +177,8 @@ class Seen:
     resumed: int = 0
     dropped: int = 0
     """Pages that a policy had freed, counted in every step."""
+    coded: int = 0
+    """Rows whose slots became a unit."""
     compacted: int = 0
     """Rows whose slots were reduced."""
     compacted_hits: int = 0
@@ -233,6 +235,7 @@ class CheckingRunner(Runner):
         self._has_schedules = False
         self._all_have_states = bool(layout.states)
         self._pages = [[POISON] * self._size for _ in range(engine.stats().pages_total)]
+        self._units: dict[int, list[Slot]] = {}
         self._fed: dict[int, int] = {}
         self._resumed: dict[str, int] = {}
         self._results: dict[Ticket, tuple[StepResult, Fault | None]] = {}
@@ -274,6 +277,7 @@ class CheckingRunner(Runner):
         for index, row in enumerate(plan.rows):
             if index not in failing:
                 self._compact(row, running[row.sequence], tables)
+                self._code(row, tables)
         self._count(plan)
         self._count_guesses(plan, guesses)
         ticket = self._inner.submit(plan, tables)
@@ -400,6 +404,7 @@ class CheckingRunner(Runner):
         known = self._histories(sequence)
         expected = self._expected(row, sequence, known, 0)
         self._read_segments(row, sequence, tables)
+        self._read_units(row, sequence, known)
         for group, window in enumerate(self._windows):
             expected = self._expected(row, sequence, known, group)
             first, count = row.begin // self._size, -(-end // self._size)
@@ -456,6 +461,37 @@ class CheckingRunner(Runner):
                 part = kept[index * self._size : (index + 1) * self._size]
                 self._pages[page] = [slots[i] for i in part]
 
+    def _code(self, row: PlanRow, tables: PageTables) -> None:
+        """Code the row's slots as planned: its first page then stands for all of them."""
+        if row.coded is None or row.coded.fills is None:
+            return
+        self.seen.coded += 1
+        unit = row.coded.unit
+        require(row.slot + len(row.input_ids) == unit.slots, "a part of a unit is coded", row)
+        columns = tables[0, row.table_row, : unit.slots // self._size].tolist()
+        fills = row.coded.fills.tolist()
+        require(not {*fills} & {*columns}, "a unit fills pages that it reads", row)
+        slots = [slot for page in columns for slot in self._pages[page]]
+        for page in fills:
+            self._pages[page] = [POISON] * self._size
+        self._units[fills[0]] = slots
+
+    def _read_units(self, row: PlanRow, sequence: Sequence, known: list[History]) -> None:
+        """The units before a row's slots hold what they have to."""
+        unit = sequence.request.unit
+        require((unit is not None) == (row.coded is not None), "a unit too much or too little", row)
+        if unit is None or row.coded is None:
+            return
+        start, end = sequence.num_fed, sequence.num_fed + len(row.input_ids)
+        require(start // unit.slots == (end - 1) // unit.slots, "a unit is overstepped", row)
+        require((end % unit.slots == 0) == (row.coded.fills is not None), "coded too late", row)
+        count = start // unit.slots
+        require(row.coded.pages.shape == (count, unit.pages), "wrong units", row)
+        held = [slot for pages in row.coded.pages.tolist() for slot in self._units[pages[0]]]
+        tokens = range(count * unit.slots)
+        expected = [Slot(sequence.token_ids[i], i, known[i]) for i in tokens]
+        require(held == expected, "a wrong unit is read", row, held)
+
     def _histories(self, sequence: Sequence) -> list[History]:
         """The history after each of its tokens."""
         request = sequence.request
@@ -491,6 +527,9 @@ class CheckingRunner(Runner):
         """The tokens whose slots the sequence has in its own context before the step, in order."""
         if sequence.begin:
             return list(range(len(sequence.request.prompt_token_ids), sequence.num_fed))
+        if sequence.request.unit is not None:
+            slots = sequence.request.unit.slots
+            return list(range(sequence.num_fed // slots * slots, sequence.num_fed))
         schedule = sequence.request.schedule
         if schedule is not None:
             return self._left(sequence, schedule, group)

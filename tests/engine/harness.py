@@ -11,6 +11,7 @@ import numpy as np
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
 from headrace.contracts.gang import GangMethod, gang_method
+from headrace.contracts.kv_codec import KVCodec
 from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.method import Method, MethodCard, conflict
 from headrace.contracts.outputs import SequenceUpdate, TokenLogprobs
@@ -83,7 +84,7 @@ class Setup:
     rows: int = 4
     tokens: int = 8
     waiting: int = 6
-    policies: tuple[KVPolicy | SlotPolicy, ...] = ()
+    policies: tuple[KVPolicy | SlotPolicy | KVCodec, ...] = ()
     """What decides what stays in the cache, of which a request may have one."""
     gangs: tuple[GangMethod, ...] = ()
     """Methods by which sequences of a request may see each other."""

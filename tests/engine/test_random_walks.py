@@ -16,6 +16,7 @@ from tests.engine.checking_runner import Fault, Guessing
 from tests.engine.gang_checks import SeesPrevious
 from tests.engine.harness import VOCAB, Harness, Setup, Watching
 from tests.engine.hashed_slots import HashedSlots
+from tests.engine.plain_units import PlainUnits
 
 GANGS = (HogwildInference(), SeesPrevious())
 SETUPS = (
@@ -36,6 +37,8 @@ SETUPS = (
     Setup(pages=9, rows=4, tokens=6, policies=(HashedSlots(4, 4, 2),)),
     Setup(windows=(None, None), pages=12, rows=5, tokens=9, policies=(HashedSlots(3, 2, 1),)),
     Setup(pages=30, rows=3, tokens=6, context=24, policies=(HashedSlots(2, 2, 1),)),
+    Setup(pages=12, rows=4, tokens=6, policies=(PlainUnits(3, 1),)),
+    Setup(pages=14, rows=4, tokens=6, block_size=8, context=60, policies=(PlainUnits(4, 3),)),
     Setup(windows=(None, 5), pages=9, rows=4, tokens=6),
     Setup(policy="priority", windows=(4,), pages=7, rows=5, tokens=5, block_size=3),
     Setup(windows=(7, None, 7), pages=10, rows=5, tokens=9, block_size=1),
@@ -71,6 +74,7 @@ SITUATIONS = (
     "aborted",
     "failed",
     "dropped",
+    "coded",
     "compacted",
     "compacted_hits",
     "passed",
@@ -194,6 +198,7 @@ class Walk:
             resumed=seen.resumed,
             dropped=seen.dropped,
             passed=seen.passed,
+            coded=seen.coded,
             compacted=seen.compacted,
             compacted_hits=seen.compacted_hits,
             seen_by_others=seen.seen_by_others,

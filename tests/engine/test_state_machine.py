@@ -23,12 +23,14 @@ from tests.engine.checking_runner import Fault, Guessing
 from tests.engine.gang_checks import SeesPrevious
 from tests.engine.harness import VOCAB, Harness, Setup, Watching
 from tests.engine.hashed_slots import HashedSlots
+from tests.engine.plain_units import PlainUnits
 
 POLICIES = (
     (),
     (RandomEviction(0.3), RandomEviction(0.75, seed=1)),
     (HashedSlots(4, 4, 2), HashedSlots(3, 2, 1)),
     (HashedSlots(6, 4, 4), RandomEviction(0.5)),
+    (PlainUnits(3, 1), PlainUnits(2, 1)),
 )
 GANGS = (HogwildInference(), SeesPrevious())
 PROFILES = (
@@ -48,7 +50,8 @@ def is_composable(setup: Setup) -> bool:
     if setup.drafting and (setup.states or not setup.causal):
         return False
     if setup.policies or setup.gangs:
-        return whole and setup.causal
+        coded = any(isinstance(policy, PlainUnits) for policy in setup.policies)
+        return whole and setup.causal and (len(setup.windows) == 1 or not coded)
     return whole or setup.causal
 
 

@@ -144,7 +144,7 @@ def test_preempted_sequences_come_out_the_same(expected: Expected) -> None:
     ("options", "message"),
     [
         ({"kv": "gear:bits=3"}, "bits must be 2, 4 or 8, got 3"),
-        ({"kv": "gear:bits=8,unit=8"}, "gear: 8 tokens take .* make units longer"),
+        ({"kv": "gear:bits=8,unit=8,rank=16"}, "gear: 8 tokens take .* make units longer"),
         ({"kv": GEAR, "kv_cache_dtype": "int8"}, "gear: needs layers that keep plain keys"),
         ({"kv": GEAR, "methods": ("h2o",)}, "h2o needs that cached keys .* which gear breaks"),
     ],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from headrace.contracts.cache import ALIGNMENT, ITEM_BYTES, CacheLayout
+from headrace.contracts.cache import ALIGNMENT, ITEM_BYTES, CacheLayout, layout_of
 from headrace.contracts.method import Method, ModelFacts
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class KVCodec(Method):
                     "needs layers that keep plain keys and values of all tokens; some here have a "
                     "window, int8 entries, a latent or a state"
                 )
+        coded_unit(self, layout_of(model.layers, model.block_size))
 
     @abstractmethod
     def unit_slots(self, block_size: int) -> int:

@@ -64,6 +64,7 @@ class ModelFacts:
         layers: what each keeps of a sequence.
         context: tokens of a sequence at most.
         causal: whether a token is computed from those before it alone.
+        block_size: slots of a page of its cache.
         rotary: whether positions reach it only as rotations of queries and keys in attention.
     """
 
@@ -71,6 +72,7 @@ class ModelFacts:
     context: int
     vocab_size: int
     causal: bool
+    block_size: int = 16
     rotary: bool = True
 
 
