@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from headrace.config import EngineConfig
-from headrace.contracts.cache import CacheLayout, layout_of
+from headrace.contracts.cache import CacheLayout, LayerState, layout_of
 from headrace.contracts.method import ModelFacts
 from headrace.embedding import EmbeddingSettings
 from headrace.engine.clock import MonotonicClock
@@ -21,7 +21,7 @@ from headrace.exec.sampling.sampler import Sampler
 from headrace.kv.arena import KVArena
 from headrace.methods import MethodSet, configured_methods
 from headrace.model_files import ModelFiles, open_model, read_tokenizer
-from headrace.models.base import find_architecture
+from headrace.models.base import DecoderModel, ModelShape, find_architecture
 from headrace.ops.device import Device, resolve_device
 from headrace.ops.scale_search import make_scale_search
 from headrace.ops.table import make_ops
@@ -125,14 +125,7 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     )
     cache_dtype = config.cache_dtype(dtype)
     states = architecture.layer_states(checkpoint.config, cache_dtype)
-    facts = ModelFacts(
-        tuple(states),
-        shape.context,
-        shape.vocab_size,
-        architecture.causal,
-        architecture.rotary_attention,
-    )
-    methods = MethodSet(wanted_methods, facts)
+    methods = MethodSet(wanted_methods, model_facts(architecture, shape, states))
     layout = layout_of(states, config.block_size)
     prefix_caching = shares_prefixes(config, layout, architecture.causal)
     counted = _counted(progress, checkpoint.num_bytes)
@@ -181,6 +174,19 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     pooling = files.read_pooling(architecture.causal)
     return LoadedEngine(
         engine, tokenizer, info, _sampling_defaults(generation), pooling, loader.bank, methods
+    )
+
+
+def model_facts(
+    architecture: type[DecoderModel], shape: ModelShape, states: Sequence[LayerState]
+) -> ModelFacts:
+    """What methods may ask of a model."""
+    return ModelFacts(
+        tuple(states),
+        shape.context,
+        shape.vocab_size,
+        architecture.causal,
+        architecture.rotary_attention,
     )
 
 
