@@ -65,7 +65,7 @@ def expected_parts(viewer: Sequence, block_size: int) -> list[Part]:
     prompt = len(request.prompt_token_ids)
     begin = -(-prompt // block_size) * block_size
     fed = viewer.num_fed - prompt
-    layout: list[tuple[Sequence, int, range]] = [(viewer, 0, range(prompt))]
+    layout: list[tuple[Sequence, int, range]] = [(members[0], 0, range(prompt))]
     for index in method.seen_blocks(viewer.index, len(members)):
         other = members[index]
         length = min(fed, len(other.token_ids) - prompt)

@@ -75,7 +75,7 @@ class Gang:
                 shift += length
                 found.append(Segment(other.table_row, other.begin, length, shift))
         prompt = len(viewer.request.prompt_token_ids)
-        found.append(Segment(viewer.table_row, 0, prompt, shift))
+        found.append(Segment(self.leader.table_row, 0, prompt, shift))
         return found[::-1]
 
 
