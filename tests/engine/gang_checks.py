@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from headrace.contracts.gang import GangMethod, gang_method
-from headrace.contracts.method import MethodCard
+from headrace.contracts.method import MethodCard, Property
 from headrace.contracts.step import Segment
 from headrace.engine.sequence import Sequence, Status
 
@@ -16,7 +16,13 @@ from headrace.engine.sequence import Sequence, Status
 class SeesPrevious(GangMethod):
     """A sequence sees the one before it; the first sees the prompt alone."""
 
-    card: ClassVar[MethodCard] = MethodCard("", "", "lossy")
+    card: ClassVar[MethodCard] = MethodCard(
+        "",
+        "",
+        "lossy",
+        requires=frozenset({Property.OWN_CONTEXT}),
+        breaks=frozenset({Property.OWN_CONTEXT}),
+    )
 
     def seen_blocks(self, viewer: int, count: int) -> SequenceOf[int]:
         return [viewer - 1] if viewer else []

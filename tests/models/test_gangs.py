@@ -13,9 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headrace import LLM, RequestOutput, SamplingParams
+from headrace.contracts.method import Property, conflict
 from headrace.contracts.outputs import CompletionOutput
 from headrace.contracts.profile import Profile
 from headrace.errors import ConfigurationError, InvalidRequestError
+from headrace.methods import make_method
+from tests.engine.gang_checks import SeesPrevious
 from tests.models.expected import TOLERANCE, Expected, greedy, load, prompt_of
 from tests.models.shared_layout import SharedLayout
 from tests.support.checkpoints import VOCAB
@@ -229,6 +232,14 @@ def test_gangs_without_room_are_refused(expected: Expected) -> None:
         pytest.raises(InvalidRequestError, match="raise max_num_batched_tokens"),
     ):
         llm.generate([prompt_of(4)], greedy(4, n=4))
+
+
+def test_what_does_not_go_together(expected: Expected) -> None:
+    with pytest.raises(ConfigurationError, match="needs that the cache holds every token"):
+        load(expected.directory, methods=(NAME,), kv="random-eviction")
+    assert conflict([make_method(NAME), SeesPrevious()]) == (
+        f"gang-checks needs that {Property.OWN_CONTEXT.value}, which {NAME} breaks"
+    )
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,12 @@ class Gang:
         return [member for member in self.members if member.num_pending > 0]
 
     def num_columns(self, layout: CacheLayout) -> int:
-        """Pages of each cache group that hold all known tokens."""
-        prompt = len(self.leader.request.prompt_token_ids)
-        blocks = (layout.pages_for(len(each.token_ids) - prompt) for each in self.members)
+        """Pages of each cache group that hold all known tokens, and let each member feed one."""
+        request = self.leader.request
+        prompt, least = len(request.prompt_token_ids), int(request.max_tokens > 1)
+        blocks = (
+            layout.pages_for(max(len(each.token_ids) - prompt, least)) for each in self.members
+        )
         return layout.pages_for(prompt) + sum(blocks)
 
     def segments(self, viewer: Sequence) -> list[Segment]:
