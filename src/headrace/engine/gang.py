@@ -39,20 +39,10 @@ class Gang:
         return self.members[0]
 
     @property
-    def has_parted(self) -> bool:
-        """Whether members have blocks of their own."""
-        return self.leader.begin > 0
-
-    @property
     def can_part(self) -> bool:
-        """Whether the prompt is in the cache, and the members have not parted."""
+        """Whether the prompt is in the cache, and the members have no blocks of their own yet."""
         prompt = len(self.leader.request.prompt_token_ids)
-        return not self.has_parted and self.leader.num_fed == prompt
-
-    @property
-    def feeding(self) -> list[Sequence]:
-        """The members that feed a token in the coming step, once they have parted."""
-        return [member for member in self.members if member.num_pending > 0]
+        return self.leader.begin == 0 and self.leader.num_fed == prompt
 
     def num_columns(self, layout: CacheLayout) -> int:
         """Pages of each cache group that hold all known tokens, and let each member feed one."""
