@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.config import EngineConfig
-from headrace.contracts.cache import CacheLayout, layout_of
+from headrace.contracts.cache import CacheLayout, LayerState, layout_of
 from headrace.contracts.method import ModelFacts, of_kind
 from headrace.contracts.slot_policy import SlotPolicy
 from headrace.embedding import EmbeddingSettings
@@ -26,7 +26,7 @@ from headrace.exec.slot_statistics import SlotStatistics
 from headrace.kv.arena import KVArena
 from headrace.methods import MethodSet, configured_methods
 from headrace.model_files import ModelFiles, open_model, read_tokenizer
-from headrace.models.base import find_architecture
+from headrace.models.base import DecoderModel, ModelShape, find_architecture
 from headrace.ops.device import Device, resolve_device
 from headrace.ops.scale_search import make_scale_search
 from headrace.ops.table import Ops, make_ops
@@ -131,14 +131,7 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     )
     cache_dtype = config.cache_dtype(dtype)
     states = architecture.layer_states(checkpoint.config, cache_dtype)
-    facts = ModelFacts(
-        tuple(states),
-        shape.context,
-        shape.vocab_size,
-        architecture.causal,
-        config.block_size,
-        architecture.rotary_attention,
-    )
+    facts = model_facts(architecture, shape, states, config.block_size)
     methods = MethodSet(wanted_methods, facts)
     layout = layout_of(states, config.block_size)
     prefix_caching = shares_prefixes(config, layout, architecture.causal)
@@ -240,6 +233,23 @@ def _load_second(
     loader = make_loader(files.checkpoint, architecture.load_map, ops, plan)
     model = architecture(source, loader, ops)
     return LoadedModel(model, ops, tuple(states), shape.context, config.block_size)
+
+
+def model_facts(
+    architecture: type[DecoderModel],
+    shape: ModelShape,
+    states: Sequence[LayerState],
+    block_size: int,
+) -> ModelFacts:
+    """What methods may ask of a model."""
+    return ModelFacts(
+        tuple(states),
+        shape.context,
+        shape.vocab_size,
+        architecture.causal,
+        block_size,
+        architecture.rotary_attention,
+    )
 
 
 def find_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer:
