@@ -163,6 +163,21 @@ def test_plain_requests_compute_what_they_compute_without_the_method(
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+def test_beside_methods_of_other_kinds(expectations: Callable[[str], Expected]) -> None:
+    """Of all neurons, whichever methods come with it, the result is as without it."""
+    expected = expectations("llama3")
+    prompts = [prompt_of(length) for length in (40, 33)]
+    found = []
+    for methods in (("activation-recorder",), ("activation-recorder", f"{NAME}:keep=1")):
+        options = {"block_size": 4, "kv": "random-eviction:keep=0.5", "methods": methods}
+        with load(expected.directory, **options, max_num_batched_tokens=16) as llm:
+            recorder = LogitsRecorder(llm)
+            outputs = llm.generate(prompts, greedy(20))
+            found.append([recorder.logits(output) for output in outputs])
+    for pair in zip(*found, strict=True):
+        assert (pair[0] - pair[1]).abs().max() < TOLERANCE
+
+
 def test_the_weights_are_counted(expectations: Callable[[str], Expected]) -> None:
     expected = expectations("llama3")
     with load(expected.directory) as plain, load(expected.directory, methods=(METHOD,)) as llm:

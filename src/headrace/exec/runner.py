@@ -86,7 +86,7 @@ class LocalRunner(Runner):
         self.arena.copy_pages(plan.copies)
         self.arena.blank_pages(plan.blank)
         self.arena.copy_states(plan.state_copies)
-        self.arena.clear_states([row.table_row for row in plan.rows if row.slot == 0])
+        self.arena.clear_states([row.table_row for row in plan.rows if row.positions.start == 0])
         if self._statistics is not None:
             self._statistics.copy(plan.state_copies)
             self._statistics.clear([row.table_row for row in plan.rows if row.first])
