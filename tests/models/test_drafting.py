@@ -189,15 +189,28 @@ def test_a_request_chooses_how_much_is_guessed(expected: Expected) -> None:
     assert [accepted([output]) for output in outputs] == [(4, 4), (6, 6)]
 
 
+def test_pages_are_shared_with_plain_requests(expected: Expected, similar: Path) -> None:
+    """Guesses leave nothing behind, neither right ones nor wrong ones."""
+    prompt = prompt_of(10)
+    with load(expected.directory, methods=(method(similar),), **REFERENCE) as llm:
+        [first] = llm.generate([prompt], greedy(16))
+        longer = [*prompt, *first.outputs[0].token_ids]
+        [plain] = llm.generate([longer], greedy(8, logprobs=1), methods={})
+        assert plain.metrics is not None and plain.metrics.num_cached_tokens == 24
+    with load(expected.directory, **REFERENCE) as llm:
+        [alone] = llm.generate([longer], greedy(8, logprobs=1))
+    assert completions([plain]) == completions([alone])
+
+
 def test_a_row_that_is_not_finite_fails_alone(expected: Expected, similar: Path) -> None:
     with load(expected.directory, methods=(method(similar),)) as llm:
         sampler = llm.engine.runner.sampler  # type: ignore[attr-defined]
         kept = sampler.distributions
 
         def broken(logits: torch.Tensor, states: Any) -> Any:
-            verified = len(states) > 1 and states[0].prompt_token_ids is states[-1].prompt_token_ids
-            if verified and len(states[0].prompt_token_ids) == 8:
-                logits = torch.full_like(logits, float("nan"))
+            eight = [len(state.prompt_token_ids) == 8 for state in states]
+            if sum(eight) > 1:
+                logits[torch.tensor(eight)] = float("nan")
             return kept(logits, states)
 
         sampler.distributions = broken

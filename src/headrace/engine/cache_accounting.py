@@ -76,7 +76,7 @@ class CacheAccounting:
             return []
         known = min(len(sequence.token_ids) - 1, request.num_shareable)
         limit = known // self.layout.block_size
-        runs = self.tree.match(request.profile, sequence.token_ids, limit)
+        runs = self.tree.match(request.cache_profile, sequence.token_ids, limit)
         return runs if self.layout.window is None else runs[: self._readable(runs)]
 
     def _readable(self, runs: list[SealedRun]) -> int:
@@ -202,10 +202,9 @@ class CacheAccounting:
             pages = tuple(sequence.tail.pop(0)) if self._num_groups else ()
             start = sequence.num_sealed * size
             key = tuple(sequence.token_ids[start : start + size])
-            if self._share and start + size <= sequence.request.num_shareable:
-                parent = (
-                    sequence.runs[-1] if sequence.runs else self.tree.root(sequence.request.profile)
-                )
+            request, runs = sequence.request, sequence.runs
+            if self._share and start + size <= request.num_shareable:
+                parent = runs[-1] if runs else self.tree.root(request.cache_profile)
                 run, spare = self.tree.insert(parent, key, pages)
             else:
                 run, spare = self.tree.new_run(pages, key), []

@@ -43,6 +43,7 @@ class Request:
 
     __slots__ = (
         "boundaries",
+        "cache_profile",
         "drafting",
         "kv_policy",
         "max_tokens",
@@ -81,6 +82,7 @@ class Request:
         self.max_tokens = max_tokens
         self.priority = priority
         self.profile = profile
+        self.cache_profile = profile.of_cache if profile.methods else profile
         self.kv_policy = next(iter(of_kind(profile.methods, KVPolicy)), None)
         self.drafting = next(iter(of_kind(profile.methods, DraftMethod)), None)
         shared = profile.shared_tokens(len(prompt_token_ids))
