@@ -163,12 +163,19 @@ class CacheAccounting:
     def reserve_draft(self, sequence: Sequence, count: int, plan: StepPlan) -> int:
         """Make up to ``count`` slots more, behind one that is reserved; return how many.
 
-        They may come to nothing, and stay with the sequence: new pages are blanked.
+        They may come to nothing: all new pages are blanked, and ``trim`` takes back what is left.
         """
         columns, blanks = len(sequence.tail), len(plan.blank)
         made = self.reserve(sequence, 1 + count, plan) - 1
         plan.blank[blanks:] = [page for column in sequence.tail[columns:] for page in column]
         return made
+
+    def trim(self, sequence: Sequence) -> None:
+        """Take back pages behind the sequence's last slot."""
+        kept = self.layout.pages_for(sequence.num_slots) - len(sequence.runs)
+        for column in sequence.tail[kept:]:
+            self._release_pages(column)
+        del sequence.tail[kept:]
 
     def _take_columns(self, count: int) -> list[list[int]]:
         """``count`` times a page for each group, evicting what is idle as far as needed."""
@@ -331,10 +338,7 @@ class CacheAccounting:
         for column in held[: sequence.num_passed]:
             for group in self._windowed.tolist():
                 column[group] = 0
-        drafting = sequence.request.drafting
-        most = sequence.num_slots + (0 if drafting is None else 1 + drafting.most_drafted)
-        pages = range(self.layout.pages_for(sequence.num_slots), self.layout.pages_for(most) + 1)
-        if self._num_groups and len(held) not in pages:
+        if self._num_groups and len(held) != self.layout.pages_for(sequence.num_slots):
             raise AssertionError(f"{name} holds {len(held)} columns of pages")
         actual = self.tables[:, sequence.table_row, : len(held)].T.tolist()
         if actual != held:
