@@ -214,17 +214,13 @@ def _load_second(
     """Another model, on the operations of the first. Raises ValueError if its tokens are others."""
     files = open_model(resolve_model(name, None, config.download_dir))
     other, source = files.read_tokenizer(), files.checkpoint.config
-    first = [tokenizer.token_text(token) for token in range(tokenizer.vocab_size)]
-    second = [other.token_text(token) for token in range(other.vocab_size)]
-    if first != second:
-        place = next(
-            (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-            min(len(first), len(second)),
-        )
-        raise ValueError(
-            f"model: {name} has other tokens than the engine's model, the first of them {place}; "
-            "choose one with the same tokenizer"
-        )
+    for token in range(max(tokenizer.vocab_size, other.vocab_size)):
+        first, second = tokenizer.token_text(token), other.token_text(token)
+        if first != second or tokenizer.token_bytes(token) != other.token_bytes(token):
+            raise ValueError(
+                f"model: {name} has other tokens than the engine's model: token {token} is "
+                f"{second!r} there and {first!r} here; choose one with the same tokenizer"
+            )
     architecture = find_architecture(source)
     if not architecture.causal:
         raise ValueError(f"model: {name} does not generate")

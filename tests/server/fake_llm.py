@@ -91,7 +91,14 @@ class FakeLLM:
         return SamplingParams(**{"temperature": 0.25, **overrides})
 
     def stats(self) -> EngineStats:
-        return EngineStats(running=len(self.running), pages_total=99, preemptions=7)
+        return EngineStats(
+            running=len(self.running),
+            pages_total=99,
+            preemptions=7,
+            drafts=3,
+            draft_tokens=12,
+            accepted_tokens=5,
+        )
 
     async def generate(
         self,

@@ -99,6 +99,10 @@ class Method(ABC):
         """Raise ValueError if the model lacks what it needs, saying what."""
         return None
 
+    def cache_key(self) -> Method | None:
+        """What KV bytes depend on of it, as a method; ``None``: they are the plain model's."""
+        return self
+
     def shared_tokens(self, prompt_tokens: int) -> int | None:
         """How many tokens of a sequence have KV that follows from them alone.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from headrace.contracts.drafting import DraftMethod
 from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow, SampleState
-from headrace.exec.decoding.verifier import DRAW, Chain, judge, numbers
+from headrace.exec.decoding.verifier import DRAW, Chain, numbers
 from headrace.exec.forward import Forward, LoadedModel
 from headrace.exec.sampling import wide
 from headrace.exec.sampling.sampler import Sampler
@@ -120,16 +120,12 @@ class Guess:
             samples=(),
         )
 
-    def grow(self, below: Guess, logits: Tensor, sampler: Sampler, level: int) -> int:
-        """Add what a model with these ``logits`` makes of a guess made for it; how much of that
-        stays. Where the logits are not finite, the chain ends.
-        """
-        tokens, weights = judge(sampler, below.chain(), logits, below.state, level)
+    def grow(self, tokens: Sequence[int], weights: Tensor) -> None:
+        """Add what ``judge`` found; without anything, the chain ends."""
         self.tokens += tokens
         self.weights += weights[: len(tokens)]
         if not tokens:
             self.room = len(self.tokens)
-        return max(0, len(tokens) - 1)
 
 
 def guess_one_by_one(

@@ -26,7 +26,7 @@ class DraftModel(DrafterMethod):
     Args:
         model: its directory, GGUF file or hub id; its tokens must be the engine's model's.
         length: tokens that it draws in one step, at most.
-        window: tokens that it sees: the first ones and the last; 0: all, as far as it can.
+        window: tokens that it sees, the first ones and the last; 0: as many as it can.
         adaptive: stop where it makes a sequence no faster.
     """
 
@@ -41,7 +41,7 @@ class DraftModel(DrafterMethod):
 
     model: str = ""
     length: int = 4
-    window: int = 0
+    window: int = 1024
     adaptive: bool = True
 
     def __post_init__(self) -> None:
