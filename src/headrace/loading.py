@@ -20,7 +20,7 @@ from headrace.engine.engine import Engine, EngineLimits
 from headrace.errors import ConfigurationError
 from headrace.exec.extensions import Extensions
 from headrace.exec.forward import Forward, LoadedModel
-from headrace.exec.runner import LocalRunner, trace_shapes
+from headrace.exec.runner import LocalRunner
 from headrace.exec.sampling.sampler import Sampler
 from headrace.exec.slot_statistics import SlotStatistics
 from headrace.kv.arena import KVArena
@@ -145,15 +145,11 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     chunk = step_inputs(config, device, shape.context, architecture.causal)
     num_pages = size_arena(config, layout, shape.context, chunk, device, loader.mapped_bytes)
     context = fit_context(config, layout, num_pages, shape.context, chunk)
-    sampler = Sampler(selection=ops.selection)
     arena = KVArena(layout, num_pages, device.name, config.max_num_seqs)
-    methods.open_taps(lambda: trace_shapes(model, arena, ops), ops)
-    statistics = make_statistics(methods, arena, context, config.max_num_seqs)
-    extensions = Extensions(loader.bank.routes, methods.taps, statistics, neurons)
+    extensions = Extensions(loader.bank.routes, neurons=neurons)
     forward = Forward(model, arena, ops, extensions)
     load_second = partial(_load_second, config, ops, plan, tokenizer, cache_dtype)
-    methods.open_drafters(forward, sampler, load_second, config.max_num_seqs, context)
-    runner = LocalRunner(forward, sampler, methods.drafters)
+    runner = make_runner(forward, methods, load_second, config.max_num_seqs, context)
     generation = files.generation
     limits = EngineLimits(
         max_model_len=context,
@@ -190,6 +186,26 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     return LoadedEngine(
         engine, tokenizer, info, _sampling_defaults(generation), pooling, loader.bank, methods
     )
+
+
+def make_runner(
+    forward: Forward,
+    methods: MethodSet,
+    load_second: Callable[[str], LoadedModel],
+    num_rows: int,
+    context: int,
+) -> LocalRunner:
+    """What executes steps, with all that methods need made ready.
+
+    Raises:
+        ConfigurationError: a method does not fit the model.
+    """
+    sampler = Sampler(selection=forward.ops.selection)
+    methods.open_taps(forward)
+    forward.extensions.taps = methods.taps
+    forward.extensions.statistics = make_statistics(methods, forward.arena, context, num_rows)
+    methods.open_drafters(forward, sampler, load_second, num_rows, context)
+    return LocalRunner(forward, sampler, methods.drafters)
 
 
 def make_statistics(

@@ -21,10 +21,9 @@ from headrace.exec.decoding.drafter import Drafter, DrafterMethod, DraftParts
 from headrace.exec.forward import Forward, LoadedModel
 from headrace.exec.neurons import NeuronMethod, NeuronRouter, gated_layers
 from headrace.exec.sampling.sampler import Sampler
-from headrace.exec.taps import SiteShapes, Tap, TapMethod
+from headrace.exec.taps import Tap, TapMethod
 from headrace.models.base import DecoderModel
 from headrace.ops.neurons import Activation, NeuronProduct
-from headrace.ops.table import Ops
 
 ROOMS = (
     "headrace.kv.policies",
@@ -176,17 +175,17 @@ class MethodSet:
         if reason is not None:
             raise ConfigurationError(f"method: {reason}")
 
-    def open_taps(self, trace: Callable[[], SiteShapes], ops: Ops) -> None:
-        """Make taps ready; ``trace`` finds the model's shapes, if any method asks for them.
+    def open_taps(self, forward: Forward) -> None:
+        """Make taps ready for a model, whose shapes are traced if any method asks for them.
 
         Raises:
             ConfigurationError: a method does not fit the model.
         """
         methods = of_kind(self.methods, TapMethod)
-        shapes = trace() if methods else {}
+        shapes = forward.trace_shapes() if methods else {}
         for method in methods:
             try:
-                self.taps[method.name()] = method.open(shapes, ops)
+                self.taps[method.name()] = method.open(shapes, forward.ops)
             except ValueError as error:
                 raise ConfigurationError(f"method: {method.name()}: {error}") from None
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.step import (
     PageTables,
-    PlanRow,
     RowResult,
     Runner,
     StepPlan,
@@ -23,30 +20,11 @@ from headrace.contracts.step import (
 from headrace.exec.coded_past import fill_unit
 from headrace.exec.decoding.drafter import Drafter
 from headrace.exec.decoding.speculation import Speculation
-from headrace.exec.extensions import Extensions
 from headrace.exec.forward import Forward
 from headrace.exec.sampling.sampler import Sampler, token_logprobs
-from headrace.exec.taps import SITES, ShapeTap, Site, SiteShapes, Tap
-from headrace.kv.arena import KVArena
-from headrace.models.base import DecoderModel
-from headrace.ops.table import Ops
 
 _SCORED_AT_ONCE = 64
 """Rows of prompt logits in memory at once, since a row is as wide as the vocabulary."""
-
-
-def trace_shapes(model: DecoderModel, arena: KVArena, ops: Ops) -> SiteShapes:
-    """What passes each site of a model, found by feeding a token into pages that nobody holds."""
-    shapes: dict[tuple[Site, int], tuple[int, ...]] = {}
-    taps: dict[str, Tap[Any]] = {site: ShapeTap(site, shapes) for site in SITES}
-    row = PlanRow(sequence=0, table_row=0, input_ids=[0], positions=range(1), slot=0)
-    tables = np.zeros((len(arena.layout.groups), 1, 1), dtype=np.int32)
-    forward = Forward(model, arena, ops, Extensions(taps=taps))
-    with torch.inference_mode():
-        [batch] = forward.builder.build([row], tables)
-        batch.tapped = dict.fromkeys(SITES, ())
-        forward.loop.run([batch])
-    return shapes
 
 
 class LocalRunner(Runner):
