@@ -163,6 +163,21 @@ def test_plain_requests_compute_what_they_compute_without_the_method(
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("keep", [0.3, 1.0])
+def test_in_half_precision(expectations: Callable[[str], Expected], keep: float) -> None:
+    """Rounding may change the choice among neurons that are equally frequent, and little else."""
+    expected = expectations("llama3")
+    choice = {NAME: {"keep": keep, "core": 1.0}}
+    with load(expected.directory, dtype="bfloat16", methods=(METHOD,)) as llm:
+        recorder = LogitsRecorder(llm)
+        outputs = llm.generate([prompt_of(12), prompt_of(9)], greedy(6), methods=[choice, {}])
+    with in_part(expected, 12, keep, 1.0):
+        found = difference(expected, recorder, outputs[0])
+    changed = difference(expected, recorder, outputs[0])
+    assert found < (0.1 if keep == 1 else changed / 3)
+    assert difference(expected, recorder, outputs[1]) < 0.1
+
+
 def test_beside_methods_of_other_kinds(expectations: Callable[[str], Expected]) -> None:
     """Of all neurons, whichever methods come with it, the result is as without it."""
     expected = expectations("llama3")
