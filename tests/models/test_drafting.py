@@ -14,8 +14,15 @@ from headrace import LLM, RequestOutput, SamplingParams
 from headrace.contracts.step import SampleState
 from headrace.errors import CheckpointError, ConfigurationError, InvalidRequestError
 from tests.exec.chi_square import chi_square
-from tests.models.drafting import accepted, expected_texts, save_other, save_similar
-from tests.models.expected import Expected, greedy, load, prompt_of
+from tests.models.drafting import (
+    accepted,
+    expected_texts,
+    largest_difference,
+    listen,
+    save_other,
+    save_similar,
+)
+from tests.models.expected import TOLERANCE, Expected, greedy, load, prompt_of
 from tests.support.checkpoints import make_checkpoint, write_tokenizer
 
 NAME = "draft-model"
@@ -87,6 +94,21 @@ def test_fast_operations_give_the_same_tokens(expected: Expected, similar: Path)
     drafted = run(expected, (method(similar),), prompts, greedy(20))
     assert [c[0] for c in completions(drafted)] == [c[0] for c in completions(plain)]
     assert accepted(drafted)[0] > 0
+
+
+@pytest.mark.parametrize("memory", [200, 40])
+def test_the_small_model_sees_the_text(expected: Expected, similar: Path, memory: int) -> None:
+    """What it guessed wrong is gone, also where sequences lose their pages and change places."""
+    prompts = [prompt_of(6, seed) for seed in range(3)]
+    options = {"block_size": 4, "kv_cache_memory_bytes": expected.cache_bytes(memory)}
+    with load(expected.directory, methods=(method(similar),), **options) as llm:
+        drafter: Any = llm.methods.drafters[NAME]
+        heard = listen(drafter._model)
+        outputs = llm.generate(prompts, greedy(14))
+        assert (llm.stats().preemptions > 0) == (memory < 100)
+    assert accepted(outputs)[0] > 0
+    assert len(heard) > 20
+    assert largest_difference(similar, heard) < TOLERANCE
 
 
 def test_preempted_and_aborted_requests(expected: Expected, similar: Path) -> None:
