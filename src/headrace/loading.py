@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -18,13 +19,13 @@ from headrace.engine.engine import Engine, EngineLimits
 from headrace.errors import ConfigurationError
 from headrace.exec.runner import LocalRunner, trace_shapes
 from headrace.exec.sampling.sampler import Sampler
-from headrace.kv.arena import KVArena
 from headrace.methods import MethodSet, configured_methods
 from headrace.model_files import ModelFiles, open_model, read_tokenizer
 from headrace.models.base import find_architecture
 from headrace.ops.device import Device, resolve_device
 from headrace.ops.scale_search import make_scale_search
 from headrace.ops.table import make_ops
+from headrace.placing import Placing
 from headrace.text.tokenizer import Tokenizer
 from headrace.weights.adapters import AdapterBank
 from headrace.weights.formats import WeightPlan
@@ -106,6 +107,14 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         ConfigurationError: an option does not fit the model or the machine.
         CheckpointError: the checkpoint cannot be found, read or understood.
     """
+    with ExitStack() as opened:
+        loaded = _load(config, progress, opened)
+        opened.pop_all()
+    return loaded
+
+
+def _load(config: EngineConfig, progress: LoadProgress | None, opened: ExitStack) -> LoadedEngine:
+    """See ``load_engine``; ``opened`` closes what a failure leaves behind."""
     device = resolve_device(config.device)
     plan = WeightPlan.parse(config.weights, config.head_weights)
     wanted_methods = configured_methods(config)
@@ -129,17 +138,24 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     methods = MethodSet(wanted_methods, facts)
     layout = layout_of(states, config.block_size)
     prefix_caching = shares_prefixes(config, layout, architecture.causal)
-    counted = _counted(progress, checkpoint.num_bytes)
-    loader = make_loader(checkpoint, architecture.load_map, ops, plan, counted)
-    model = architecture(config_for(checkpoint.config, config.max_model_len), loader, ops)
-
     chunk = step_inputs(config, device, shape.context, architecture.causal)
-    num_pages = size_arena(config, layout, shape.context, chunk, device, loader.mapped_bytes)
+    placing = Placing(methods.methods, ops)
+    opened.callback(placing.close)
+    placing.decide(config, checkpoint, architecture, plan, layout, chunk)
+    counted = _counted(progress, checkpoint.num_bytes)
+    loader = make_loader(checkpoint, architecture.load_map, placing.ops, plan, counted)
+    model = architecture(config_for(checkpoint.config, config.max_model_len), loader, ops)
+    placing.weights_are_loaded()
+
+    num_pages = placing.num_pages
+    if num_pages is None:
+        num_pages = size_arena(config, layout, shape.context, chunk, device, loader.mapped_bytes)
     context = fit_context(config, layout, num_pages, shape.context, chunk)
     sampler = Sampler(selection=ops.selection)
-    arena = KVArena(layout, num_pages, device.name, config.max_num_seqs)
-    methods.open_taps(lambda: trace_shapes(model, arena, ops), ops)
-    runner = LocalRunner(model, arena, ops, sampler, loader.bank.routes, methods.taps)
+    arena = placing.make_arena(layout, num_pages, device.name, config.max_num_seqs)
+    placed = placing.placed
+    methods.open_taps(lambda: trace_shapes(model, arena, ops, placed), ops)
+    runner = LocalRunner(model, arena, ops, sampler, loader.bank.routes, methods.taps, placed)
     generation = files.generation
     limits = EngineLimits(
         max_model_len=context,

@@ -17,7 +17,7 @@ from headrace.errors import ConfigurationError, InvalidRequestError
 from headrace.exec.taps import SiteShapes, Tap, TapMethod
 from headrace.ops.table import Ops
 
-ROOMS = ("headrace.kv.policies", "headrace.exec.steering")
+ROOMS = ("headrace.kv.policies", "headrace.exec.steering", "headrace.exec.placement")
 """Packages in which every module is a method, named as it is."""
 
 Choice = Mapping[str, Mapping[str, Any]]

@@ -20,6 +20,7 @@ class Property(Enum):
     """What the engine guarantees, as long as no method that is on breaks it."""
 
     WHOLE_PAST = "the cache holds every token of the past, in every layer and head"
+    IN_MEMORY = "weights and KV pages stay where they are, in memory"
 
     def __repr__(self) -> str:
         return self.name

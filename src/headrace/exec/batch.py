@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from headrace.contracts.method import Method
+from headrace.contracts.placement import Placement
 from headrace.contracts.step import PageTables, PlanRow
 from headrace.exec.taps import TappedRows
 from headrace.kv.arena import KVArena
@@ -29,6 +30,7 @@ class ForwardBatch:
         attention: one plan per cache group.
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
         tapped: name of a method with a tap -> the inputs that it is for.
+        block: number of the rows' block in the step; see ``Placement``.
     """
 
     input_ids: Tensor
@@ -37,6 +39,7 @@ class ForwardBatch:
     attention: list[Any]
     adapted: Sequence[tuple[str, Tensor]]
     tapped: Mapping[str, Sequence[TappedRows[Any]]]
+    block: int = 0
 
 
 class BatchBuilder:
@@ -46,19 +49,36 @@ class BatchBuilder:
 
     Args:
         tapping: names of the methods that have taps.
+        placement: says how rows are split into blocks.
     """
 
     def __init__(
-        self, arena: KVArena, ops: Ops, causal: bool = True, tapping: Collection[str] = ()
+        self,
+        arena: KVArena,
+        ops: Ops,
+        causal: bool = True,
+        tapping: Collection[str] = (),
+        placement: Placement | None = None,
     ) -> None:
+        self._placement = placement or Placement()
         self._arena = arena
         self._tapping = tapping
         self._ops = ops
         self._causal = causal
-        self._groups = range(len(arena.layout.groups))
+        self._groups = range(arena.num_tables)
 
     def build(self, rows: Sequence[PlanRow], tables: PageTables) -> list[ForwardBatch]:
         """The micro-batches, in the order in which they must run."""
+        if not self._placement.on_disk:
+            return self._build(rows, tables)
+        batches = []
+        for block, part in enumerate(self._placement.split(rows, self._arena.layout)):
+            for batch in self._build(part, self._arena.tables_of(block, part, tables)):
+                batch.block = block
+                batches.append(batch)
+        return batches
+
+    def _build(self, rows: Sequence[PlanRow], tables: PageTables) -> list[ForwardBatch]:
         if not self._ops.batch_invariant:
             return [self._batch(rows, tables)]
         if not self._causal:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from headrace.contracts.placement import Tier
 from headrace.contracts.step import Pooling
 from headrace.exec.batch import ForwardBatch
 from headrace.exec.taps import Site, Tap
@@ -110,7 +112,12 @@ class TappedContext(LayerContext):
 
 
 class LayerLoop:
-    """Runs a model over micro-batches: all layers of one before the next begins."""
+    """Runs a model over micro-batches: all layers of one before the next begins.
+
+    With ``tiers``, all micro-batches pass a layer before the next layer begins (FlexGen:
+    High-Throughput Generative Inference of Large Language Models with a Single GPU, section 4.2),
+    so that what a layer needs is brought once.
+    """
 
     def __init__(
         self,
@@ -119,7 +126,9 @@ class LayerLoop:
         ops: Ops,
         routes: AdapterRoutes,
         taps: Mapping[str, Tap[Any]],
+        tiers: Sequence[Tier] = (),
     ) -> None:
+        self._tiers = tiers
         self._routes = routes
         self._taps = taps
         self._model = model
@@ -128,14 +137,46 @@ class LayerLoop:
 
     def run(self, batches: Sequence[ForwardBatch]) -> Tensor:
         """Hidden states of all inputs, ``[T, hidden]``, before the final norm."""
-        hidden = [self._run_layers(batch) for batch in batches]
+        if self._tiers:
+            hidden = self._run_by_layer(batches)
+        else:
+            hidden = [self._run_layers(batch) for batch in batches]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
-    def _run_layers(self, batch: ForwardBatch) -> Tensor:
+    def _context(self, batch: ForwardBatch) -> LayerContext:
         if batch.tapped:
-            context: LayerContext = TappedContext(batch, self._arena, self._ops, self._taps)
-        else:
-            context = LayerContext(batch, self._arena, self._ops)
+            return TappedContext(batch, self._arena, self._ops, self._taps)
+        return LayerContext(batch, self._arena, self._ops)
+
+    def _run_by_layer(self, batches: Sequence[ForwardBatch]) -> list[Tensor]:
+        hidden = [self._model.embed(batch.input_ids, batch.positions) for batch in batches]
+        contexts = [self._context(batch) for batch in batches]
+        blocks = [
+            [*places] for _, places in groupby(range(len(batches)), lambda i: batches[i].block)
+        ]
+        try:
+            for tier in self._tiers:
+                tier.begin(len(blocks))
+            for index, layer in enumerate(self._model.layers):
+                for block, places in enumerate(blocks):
+                    for tier in self._tiers:
+                        tier.enter(index, block)
+                    for place in places:
+                        self._routes.rows = batches[place].adapted
+                        entering = contexts[place].enter(index, hidden[place])
+                        hidden[place] = layer.feed(layer.mix(entering, contexts[place]))
+                    for tier in self._tiers:
+                        tier.leave(index, block)
+            for tier in self._tiers:
+                tier.end()
+        except BaseException:
+            for tier in self._tiers:
+                tier.stop()
+            raise
+        return hidden
+
+    def _run_layers(self, batch: ForwardBatch) -> Tensor:
+        context = self._context(batch)
         self._routes.rows = batch.adapted
         hidden = self._model.embed(batch.input_ids, batch.positions)
         for index, layer in enumerate(self._model.layers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from headrace.contracts.outputs import TokenLogprobs
+from headrace.contracts.placement import Placement, Tier
 from headrace.contracts.step import (
     PageTables,
     PlanRow,
@@ -33,21 +35,37 @@ _SCORED_AT_ONCE = 64
 """Rows of prompt logits in memory at once, since a row is as wide as the vocabulary."""
 
 
-def trace_shapes(model: DecoderModel, arena: KVArena, ops: Ops) -> SiteShapes:
+def trace_shapes(
+    model: DecoderModel, arena: KVArena, ops: Ops, placed: Placed | None = None
+) -> SiteShapes:
     """What passes each site of a model, found by feeding a token into pages that nobody holds."""
     shapes: dict[tuple[Site, int], tuple[int, ...]] = {}
     taps: dict[str, Tap[Any]] = {site: ShapeTap(site, shapes) for site in SITES}
     row = PlanRow(sequence=0, table_row=0, input_ids=[0], positions=range(1), slot=0)
     tables = np.zeros((len(arena.layout.groups), 1, 1), dtype=np.int32)
     with torch.inference_mode():
-        [batch] = BatchBuilder(arena, ops, model.causal).build([row], tables)
+        placed = placed or Placed()
+        builder = BatchBuilder(arena, ops, model.causal, (), placed.placement)
+        [batch] = builder.build([row], tables)
         batch.tapped = dict.fromkeys(SITES, ())
-        LayerLoop(model, arena, ops, AdapterRoutes(), taps).run([batch])
+        LayerLoop(model, arena, ops, AdapterRoutes(), taps, placed.tiers).run([batch])
     return shapes
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A placement, and what brings what is on disk."""
+
+    placement: Placement = field(default_factory=Placement)
+    tiers: tuple[Tier, ...] = ()
+
+
 class LocalRunner(Runner):
-    """Executes a plan when it is submitted; ``collect`` hands out the result."""
+    """Executes a plan when it is submitted; ``collect`` hands out the result.
+
+    Args:
+        placed: the tiers are closed with the runner.
+    """
 
     def __init__(
         self,
@@ -57,12 +75,17 @@ class LocalRunner(Runner):
         sampler: Sampler,
         routes: AdapterRoutes | None = None,
         taps: Mapping[str, Tap[Any]] | None = None,
+        placed: Placed | None = None,
     ) -> None:
+        placed = placed or Placed()
+        self._tiers = placed.tiers
         self.arena = arena
         self.sampler = sampler
         self._ops = ops
-        self._loop = LayerLoop(model, arena, ops, routes or AdapterRoutes(), taps or {})
-        self._builder = BatchBuilder(arena, ops, model.causal, (taps or {}).keys())
+        routes = routes or AdapterRoutes()
+        self._loop = LayerLoop(model, arena, ops, routes, taps or {}, placed.tiers)
+        tapping = (taps or {}).keys()
+        self._builder = BatchBuilder(arena, ops, model.causal, tapping, placed.placement)
         self._results: dict[Ticket, StepResult] = {}
         self._tickets = 0
 
@@ -75,6 +98,10 @@ class LocalRunner(Runner):
 
     def collect(self, ticket: Ticket) -> StepResult:
         return self._results.pop(ticket)
+
+    def close(self) -> None:
+        for tier in self._tiers:
+            tier.close()
 
     def _execute(self, plan: StepPlan, tables: PageTables) -> StepResult:
         marks = [time.perf_counter()]

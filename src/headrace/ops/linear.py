@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +83,15 @@ class LinearOps(ABC):
     reference's. Biases are ``[N]`` in the compute dtype.
     """
 
-    keeps_blocks: ClassVar[bool] = False
+    keeps_blocks: bool = False
     """Whether weights in blocks are multiplied as they are, and better kept so than dequantized."""
+    dense_layout: Literal["plain", "packed", "opaque"] = "plain"
+    """How dense weights are kept: ``[N, K]``, packed, or as a library likes it. Those of the first
+    two kinds are read where they lie."""
+
+    def expect(self, name: str) -> None:
+        """What is made ready next belongs to the weight of that name."""
+        return None
 
     @abstractmethod
     def dense(
