@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from headrace import LLM
 from headrace.config import EngineConfig
-from headrace.contracts.outputs import RequestOutput
 from headrace.disk import DiskFile
 from headrace.errors import ConfigurationError
 from headrace.kv.tiered_arena import TieredArena
@@ -26,9 +24,9 @@ from tests.support.checkpoints import ALL_CONFIGS, make_model, save_checkpoint
 from tests.support.logits import LogitsRecorder
 
 LAYERS = 5
-PROMPTS = [prompt_of(length, 1) for length in (23, 1, 9, 31, 14)]
+PROMPTS = [prompt_of(length, 1) for length in (19, 14, 15, 27, 1)]
 SMALL: dict[str, Any] = {
-    "block_size": 4,
+    "block_size": 16,
     "max_num_batched_tokens": 16,
     "max_num_seqs": 4,
     "max_model_len": 48,
@@ -44,18 +42,28 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Expected:
     return Expected(model, save_checkpoint(model, tmp_path_factory.mktemp("deep")))
 
 
+@pytest.fixture(autouse=True)
+def speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk and a memory of known speed, which most tests need not measure."""
+    monkeypatch.setattr("headrace.placing.measure_reading", lambda *_: 1e9)
+    monkeypatch.setattr("headrace.placing.read_bandwidth", lambda *_, **__: 1e10)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A directory, which is left as it was found, as are threads and open files."""
-    before = set(os.listdir("/proc/self/fd"))
+    threads, opened = set(threading.enumerate()), open_files()
     directory = tmp_path / "disk"
     directory.mkdir()
     yield directory
     assert list(directory.iterdir()) == []
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("headrace-")]
-    opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in set(os.listdir("/proc/self/fd")) - before
-              if os.path.exists(f"/proc/self/fd/{fd}") or os.path.islink(f"/proc/self/fd/{fd}")]
-    assert not [path for path in opened if path.startswith(str(directory))]
+    assert set(threading.enumerate()) <= threads
+    assert not [path for path in open_files() - opened if path.startswith(str(directory))]
+
+
+def open_files() -> set[str]:
+    """Paths of the files that this process has open; those without a name, too."""
+    return {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
 
 
 def method(disk: Path, memory: int | str, **options: Any) -> tuple[str]:
@@ -88,17 +96,29 @@ def load_least(directory: Path, disk: Path, options: dict[str, Any], **chosen: A
     return llm
 
 
-def run(llm: LLM, prompts: list[list[int]] = PROMPTS, **params: Any) -> list[Tensor]:
-    """Logits of each request."""
+Run = Callable[..., list[Tensor]]
+
+
+def recorded(llm: LLM) -> Run:
+    """What runs prompts, four tokens more each, and returns the logits of every completion."""
     recorder = LogitsRecorder(llm)
-    outputs = llm.generate(prompts, greedy(8, **params))
-    assert [output.error for output in outputs] == [None] * len(prompts)
-    llm.engine.check_integrity()
-    return [
-        recorder.logits(output, index)
-        for output in outputs
-        for index in range(len(output.outputs))
-    ]
+
+    def run(prompts: list[list[int]] = PROMPTS, **params: Any) -> list[Tensor]:
+        outputs = llm.generate(prompts, greedy(4, **params))
+        assert [output.error for output in outputs] == [None] * len(prompts)
+        llm.engine.check_integrity()
+        return [
+            recorder.logits(output, index)
+            for output in outputs
+            for index in range(len(output.outputs))
+        ]
+
+    return run
+
+
+def run(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[Tensor]:
+    """The same, once."""
+    return recorded(llm)(prompts)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +127,11 @@ def run(llm: LLM, prompts: list[list[int]] = PROMPTS, **params: Any) -> list[Ten
         pytest.param({}, {"micro_batch": 1}, id="one row at a time"),
         pytest.param({}, {"micro_batch": 3, "overlap": False}, id="no overlap"),
         pytest.param({"max_num_batched_tokens": 5}, {"micro_batch": 2}, id="chunks"),
-        pytest.param({"kv_cache_memory_bytes": 40 * 10240}, {"micro_batch": 2}, id="preemption"),
+        pytest.param(
+            {"kv_cache_memory_bytes": 4 * 5 * 4096, "max_num_batched_tokens": 64},
+            {"micro_batch": 2},
+            id="preemption",
+        ),
         pytest.param({"enable_prefix_caching": False}, {"direct": False}, id="page cache"),
     ],
 )
@@ -122,3 +146,176 @@ def test_bit_for_bit_in_reference_mode(
         preempted = llm.stats().preemptions
     assert (preempted > 0) == ("kv_cache_memory_bytes" in options)
     assert all(torch.equal(one, other) for one, other in zip(plain, placed, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "mixtral", "gemma2", "deepseek_v3", "falcon_h1", "gpt2"]
+)
+def test_architectures(name: str, tmp_path: Path, disk: Path) -> None:
+    """Windows, experts, latent attention, recurrent states: as transformers computes them."""
+    config = ALL_CONFIGS[name]()
+    config.num_hidden_layers = max(4, config.num_hidden_layers)
+    model = make_model(config)
+    expected = Expected(model, save_checkpoint(model, tmp_path / name))
+    cap = least_memory(expected.directory, disk, SMALL)
+    with load(expected.directory, methods=method(disk, cap), **SMALL) as llm:
+        assert len(llm.engine.runner._tiers) == 2  # type: ignore[attr-defined]
+        recorder = LogitsRecorder(llm)
+        outputs = llm.generate(PROMPTS, greedy(6))
+    assert max(difference(expected, recorder, output) for output in outputs) < TOLERANCE
+
+
+def test_part_on_disk(deep: Expected, disk: Path) -> None:
+    """Layers in memory and on disk take turns, and a larger cap has more of them in memory."""
+    with load(deep.directory, **SMALL) as llm:
+        plain = run(llm)
+    cap = least_memory(deep.directory, disk, SMALL)
+    found = []
+    for memory in (cap + 100_000, cap + 200_000, cap + 300_000, 1 << 30):
+        with load(deep.directory, methods=method(disk, memory), **SMALL) as llm:
+            placement = llm.engine.runner._builder._placement  # type: ignore[attr-defined]
+            found.append(len(placement.streamed))
+            for one, other in zip(plain, run(llm), strict=True):
+                assert (one - other).abs().max() < TOLERANCE
+    assert LAYERS == found[0] > found[1] > found[2] > found[3] == 0
+
+
+@pytest.mark.parametrize("weights", ["bf16", "w8a8", "w4a8-g32-zp"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_formats(deep: Expected, disk: Path, tmp_path: Path, weights: str, packed: bool) -> None:
+    """Native kernels on what was read: the same products, so the same logits to the bit."""
+    directory = deep.directory
+    options = {**SMALL, "dtype": "bfloat16", "weights": weights}
+    if packed:
+        directory = tmp_path / "packed"
+        quantize_model(EngineConfig(model=str(deep.directory), weights=weights), directory)
+    with load(directory, **options) as llm:
+        plain = run(llm)
+    with load_least(directory, disk, options, micro_batch=4) as llm:
+        scratch = None in tiers(llm)[0]._files
+        placed = run(llm)
+    assert scratch != packed, "a packed checkpoint is read where it is"
+    assert all(torch.equal(one, other) for one, other in zip(plain, placed, strict=True))
+
+
+def test_more_pages_than_memory_holds(deep: Expected, disk: Path) -> None:
+    options = {**SMALL, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    prompts = [prompt_of(30, seed) for seed in range(8)]
+    with load(deep.directory, **options) as llm:
+        plain = run(llm, prompts)
+    with load_least(deep.directory, disk, options, micro_batch=1) as llm:
+        _, arena = tiers(llm)
+        placed = run(llm, prompts)
+        stats = llm.stats()
+        held = len(arena._buffers) * len(arena._buffers[0]) + arena.num_bytes
+    assert stats.preemptions == 0
+    assert stats.pages_peak * LAYERS * 4096 > 3 * held, "what is in use fits into memory"
+    for one, other in zip(plain, placed, strict=True):
+        assert (one - other).abs().max() < TOLERANCE
+
+
+def test_forks_prefixes_and_aborts(deep: Expected, disk: Path) -> None:
+    """Completions part on disk too; a prefix is found there; an abort leaves the others alone."""
+    shared = prompt_of(18)
+    prompts = [shared, [*shared, 5], [*shared[:9], 7], prompt_of(3)]
+    options = {**SMALL, "reference": True}
+    results = []
+    for placed in (False, True):
+        plain = load(deep.directory, **options) if not placed else None
+        with plain or load_least(deep.directory, disk, options, micro_batch=1) as llm:
+            run_again = recorded(llm)
+            first = run_again(prompts, n=2)
+            llm.engine.add_request("late", prompts[0], greedy(20))
+            for _ in range(4):
+                llm.engine.step()
+            assert llm.engine.abort_request("late")
+            again = run_again(prompts)
+            hits = llm.stats().prefix_hit_tokens
+        results.append((first + again, hits))
+    (plain_logits, _), (placed_logits, hits) = results
+    assert hits > 0
+    assert all(map(torch.equal, plain_logits, placed_logits))
+
+
+@pytest.mark.parametrize("kind", ["headrace-weights", "headrace-kv"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_failed_read_fails_its_step(
+    deep: Expected, disk: Path, monkeypatch: pytest.MonkeyPatch, kind: str, overlap: bool
+) -> None:
+    with load(deep.directory, **SMALL) as llm:
+        plain = run(llm)
+    with load_least(deep.directory, disk, SMALL, overlap=overlap) as llm:
+        weights, arena = tiers(llm)
+        tier: Any = weights if kind == "headrace-weights" else arena
+        file = tier._file if tier is arena else tier._files[None]
+        run_again = recorded(llm)
+        before = run_again()
+        read, left = DiskFile.read, [3]
+
+        def fail(self: DiskFile, *arguments: Any) -> None:
+            if self is file:
+                left[0] -= 1
+                if left[0] == 0:
+                    raise OSError(5, "Input/output error")
+            read(self, *arguments)
+
+        monkeypatch.setattr(DiskFile, "read", fail)
+        outputs = llm.generate(PROMPTS, greedy(6))
+        monkeypatch.undo()
+        failed = [output for output in outputs if output.error is not None]
+        assert len(failed) > 0 and all("Input/output error" in str(o.error) for o in failed)
+        assert left[0] <= 0
+        after = run_again()
+    for found in (before, after):
+        for one, other in zip(plain, found, strict=True):
+            assert (one - other).abs().max() < TOLERANCE
+
+
+def test_a_failed_write_fails_its_step(
+    deep: Expected, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a page lost is not computed with: the request that wrote it ends with the error."""
+    with load_least(deep.directory, disk, SMALL) as llm:
+        monkeypatch.setattr(DiskFile, "write", _no_space)
+        [output] = llm.generate([PROMPTS[0]], greedy(2))
+        monkeypatch.undo()
+        assert output.error is not None and "No space left" in output.error
+        run(llm)
+
+
+def _no_space(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_refusals(
+    deep: Expected, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    wrong = {
+        "memory=1GiB": "name a directory for what goes to disk",
+        "memory=much,directory=/": "memory: must be bytes, as in 512MiB or 536870912, got 'much'",
+        "directory=/": "memory: must be bytes",
+        f"memory=1GiB,directory={disk},micro_batch=-1": "micro_batch must be at least 0, got -1",
+        f"memory=1GiB,directory={tmp_path / 'nowhere'}": "nowhere cannot be written: No such file",
+    }
+    for text, message in wrong.items():
+        with pytest.raises(ConfigurationError, match=f"method: flexgen: .*{message}"):
+            load(deep.directory, methods=(f"flexgen:{text}",), **SMALL)
+    cap = least_memory(deep.directory, disk, SMALL)
+    with pytest.raises(ConfigurationError, match=r"flexgen: memory: at least \d+ bytes"):
+        load(deep.directory, methods=method(disk, cap - 1), **SMALL)
+    small = load_least(deep.directory, disk, SMALL)
+    small.close()
+    small.close()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 5000}))
+    with pytest.raises(ConfigurationError, match=r"flexgen: .* GB have to go into .* are free; "):
+        load(deep.directory, methods=method(disk, cap), **SMALL)
+
+
+def test_the_disk_fills_while_weights_are_written(
+    deep: Expected, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cap = least_memory(deep.directory, disk, SMALL)
+    monkeypatch.setattr(DiskFile, "write", _no_space)
+    with pytest.raises(ConfigurationError, match=r"weights cannot be written to disk .No space"):
+        load(deep.directory, methods=method(disk, cap), **SMALL)
