@@ -264,9 +264,9 @@ class Rotation(Generic[Item]):
             self._fill_next()
 
     def _fill_next(self) -> None:
-        """Fill a slot with the next item, if there is one."""
+        """Fill a slot with the next item, if there is one and none before it failed."""
         with self._change:
-            if not self._next:
+            if not self._next or self._error is not None:
                 return
             [item], slot = self._next, self._filled % self._slots
             self._next, self._busy = list(itertools.islice(self._items, 1)), True

@@ -82,7 +82,7 @@ def least_memory(directory: Path, disk: Path, options: dict[str, Any], **chosen:
 
 def tiers(llm: LLM) -> tuple[WeightTier, TieredArena]:
     """What is on disk of an engine that has both there."""
-    weights, arena = llm.engine.runner._tiers  # type: ignore[attr-defined]
+    weights, arena = llm.engine.runner.tiers  # type: ignore[attr-defined]
     assert isinstance(weights, WeightTier) and isinstance(arena, TieredArena)
     return weights, arena
 
@@ -159,7 +159,7 @@ def test_architectures(name: str, tmp_path: Path, disk: Path) -> None:
     expected = Expected(model, save_checkpoint(model, tmp_path / name))
     cap = least_memory(expected.directory, disk, SMALL)
     with load(expected.directory, methods=method(disk, cap), **SMALL) as llm:
-        assert len(llm.engine.runner._tiers) == 2  # type: ignore[attr-defined]
+        assert len(llm.engine.runner.tiers) == 2  # type: ignore[attr-defined]
         recorder = LogitsRecorder(llm)
         outputs = llm.generate(PROMPTS, greedy(6))
     assert max(difference(expected, recorder, output) for output in outputs) < TOLERANCE
@@ -319,3 +319,18 @@ def test_the_disk_fills_while_weights_are_written(
     monkeypatch.setattr(DiskFile, "write", _no_space)
     with pytest.raises(ConfigurationError, match=r"weights cannot be written to disk .No space"):
         load(deep.directory, methods=method(disk, cap), **SMALL)
+
+
+def test_taps_are_called_for_every_layer(deep: Expected, disk: Path) -> None:
+    """Methods that work through taps see what they see in memory, in the same order."""
+    kept = []
+    for placed in (False, True):
+        cap = least_memory(deep.directory, disk, SMALL) if placed else 1 << 40
+        methods = ("activation-recorder", *method(disk, cap, micro_batch=1))
+        with load(deep.directory, methods=methods, **SMALL) as llm:
+            assert bool(llm.engine.runner.tiers) == placed  # type: ignore[attr-defined]
+            llm.generate(PROMPTS, greedy(3))
+            kept.append(llm.methods.taps["activation-recorder"].take())  # type: ignore[attr-defined]
+    for layer in range(LAYERS):
+        for one, other in zip(kept[0][layer], kept[1][layer], strict=True):
+            assert (one - other).abs().max() < TOLERANCE

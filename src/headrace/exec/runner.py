@@ -63,8 +63,8 @@ class Placed:
 class LocalRunner(Runner):
     """Executes a plan when it is submitted; ``collect`` hands out the result.
 
-    Args:
-        placed: the tiers are closed with the runner.
+    Attributes:
+        tiers: what brings what is on disk; closed with the runner.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class LocalRunner(Runner):
         placed: Placed | None = None,
     ) -> None:
         placed = placed or Placed()
-        self._tiers = placed.tiers
+        self.tiers = placed.tiers
         self.arena = arena
         self.sampler = sampler
         self._ops = ops
@@ -100,7 +100,7 @@ class LocalRunner(Runner):
         return self._results.pop(ticket)
 
     def close(self) -> None:
-        for tier in self._tiers:
+        for tier in self.tiers:
             tier.close()
 
     def _execute(self, plan: StepPlan, tables: PageTables) -> StepResult:
