@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheLayout
 from headrace.contracts.method import Method, of_kind
@@ -27,9 +29,6 @@ from headrace.weights.streaming import LayerCounter, StreamingLinears, WeightTie
 
 _MEASURED = 64 << 20
 """Bytes that are read to measure the bandwidth of memory."""
-
-_WORKING_BYTES = 4
-"""Of an element that a step computes with, at most."""
 
 
 class Placing:
@@ -112,10 +111,11 @@ class Placing:
         model = architecture(checkpoint.config, counter, self.ops)
         sizes = tuple(counter.layer_bytes.get(layer, 0) for layer in range(len(model.layers)))
         # The widest activations in and behind a product, and logits with their probabilities.
-        working = 2 * (chunk * counter.largest + config.max_num_seqs * shape.vocab_size)
+        activations = 2 * chunk * counter.largest * self.ops.dtype.itemsize
+        logits = 2 * config.max_num_seqs * shape.vocab_size * torch.float32.itemsize
         states = layout.state_bytes * config.max_num_seqs
         return PlacementFacts(
-            fixed_bytes=counter.num_bytes - sum(sizes) + states + working * _WORKING_BYTES,
+            fixed_bytes=counter.num_bytes - sum(sizes) + states + activations + logits,
             layer_bytes=sizes,
             layout=layout,
             num_pages=num_pages,
