@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import itertools
 import mmap
@@ -40,6 +41,16 @@ class FilePlace:
 def align(count: int) -> int:
     """``count`` bytes, up to where the next aligned thing may begin."""
     return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+def return_freed_memory() -> None:
+    """Let the system have what the C library keeps of memory that was freed, where it keeps any."""
+    library = ctypes.CDLL(None)
+    try:
+        trim = library.malloc_trim
+    except AttributeError:
+        return
+    trim(0)
 
 
 def aligned_memory(size: int) -> memoryview:

@@ -132,6 +132,7 @@ def run(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[Tensor]:
             {"micro_batch": 2},
             id="preemption",
         ),
+        pytest.param({"kv_cache_dtype": "int8"}, {"micro_batch": 1}, id="int8"),
         pytest.param({"enable_prefix_caching": False}, {"direct": False}, id="page cache"),
     ],
 )
@@ -149,7 +150,7 @@ def test_bit_for_bit_in_reference_mode(
 
 
 @pytest.mark.parametrize(
-    "name", ["llama3", "mixtral", "gemma2", "deepseek_v3", "falcon_h1", "gpt2"]
+    "name", ["llama3", "mixtral", "gemma2", "deepseek_v3", "falcon_h1", "mamba2", "gpt2"]
 )
 def test_architectures(name: str, tmp_path: Path, disk: Path) -> None:
     """Windows, experts, latent attention, recurrent states: as transformers computes them."""
@@ -159,9 +160,23 @@ def test_architectures(name: str, tmp_path: Path, disk: Path) -> None:
     expected = Expected(model, save_checkpoint(model, tmp_path / name))
     cap = least_memory(expected.directory, disk, SMALL)
     with load(expected.directory, methods=method(disk, cap), **SMALL) as llm:
-        assert len(llm.engine.runner.tiers) == 2  # type: ignore[attr-defined]
+        # Recurrent states are no pages.
+        assert len(llm.engine.runner.tiers) == (1 if name == "mamba2" else 2)  # type: ignore[attr-defined]
         recorder = LogitsRecorder(llm)
         outputs = llm.generate(PROMPTS, greedy(6))
+    assert max(difference(expected, recorder, output) for output in outputs) < TOLERANCE
+
+
+def test_pages_alone_are_on_disk(expectations: Callable[[str], Expected], disk: Path) -> None:
+    """Of two layers, both would have to be in memory."""
+    expected = expectations("llama3")
+    cap = least_memory(expected.directory, disk, SMALL)
+    with load(expected.directory, methods=method(disk, cap), **SMALL) as llm:
+        [arena] = llm.engine.runner.tiers  # type: ignore[attr-defined]
+        assert arena.spilled == {0, 1}
+        recorder = LogitsRecorder(llm)
+        outputs = llm.generate(PROMPTS, greedy(6))
+        assert arena.waited > 0
     assert max(difference(expected, recorder, output) for output in outputs) < TOLERANCE
 
 

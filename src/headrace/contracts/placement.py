@@ -134,6 +134,11 @@ class Tier(ABC):
     ``enter`` and ``leave`` come for every layer and, in it, for every block.
     """
 
+    @property
+    @abstractmethod
+    def waited(self) -> float:
+        """Seconds that layers have waited for what they need."""
+
     @abstractmethod
     def begin(self, blocks: int) -> None:
         """A step of so many blocks begins."""

@@ -196,6 +196,10 @@ class TieredArena(KVArena, Tier):
         self._move(self._file.read, item, slot, False)
         self._held[slot] = item
 
+    @property
+    def waited(self) -> float:
+        return self._rotation.waited
+
     def begin(self, blocks: int) -> None:
         order: list[tuple[int, int] | None] = [
             (layer, block) for layer in sorted(self._home) for block in range(blocks)

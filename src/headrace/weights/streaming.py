@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from headrace.contracts.placement import Tier
-from headrace.disk import ALIGNMENT, DiskFile, FilePlace, Rotation, align, aligned_memory
+from headrace.disk import (
+    ALIGNMENT,
+    DiskFile,
+    FilePlace,
+    Rotation,
+    align,
+    aligned_memory,
+    return_freed_memory,
+)
 from headrace.errors import ConfigurationError
 from headrace.ops.block_weight import BlockWeight
 from headrace.ops.linear import Linear, LinearOps, RMSNorm
@@ -216,6 +224,8 @@ class WeightTier(Tier):
             ConfigurationError: it cannot be written.
             ValueError: there is no room for the scratch file.
         """
+        # Tensors of many sizes come and go, and leave holes that would count against a cap.
+        return_freed_memory()
         parts = []
         for index, tensor in enumerate(tensors):
             known = None if places is None else places[index]
@@ -250,6 +260,7 @@ class WeightTier(Tier):
             ValueError: files cannot be read past the page cache.
             OSError: a file cannot be opened.
         """
+        return_freed_memory()
         for layer, linears in self._linears.items():
             self._segments[layer] = arrange([part for linear in linears for part in linear.parts])
         for segment in itertools.chain(*self._segments.values()):
@@ -273,7 +284,6 @@ class WeightTier(Tier):
 
     @property
     def waited(self) -> float:
-        """Seconds that layers have waited for their weights."""
         return 0.0 if self._rotation is None else self._rotation.waited
 
     @property
