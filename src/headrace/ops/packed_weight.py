@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headrace.disk import FilePlace
 from headrace.errors import ConfigurationError
 
 LAYOUT_VERSION = 1
@@ -150,7 +148,6 @@ class PackedWeight:
             ``8i + j`` in its low half and ``8i + 4 + j`` in its high one.
         scales: fp32 ``[P * 16]`` of 8 bits, bf16 ``[P, G, 16]`` of 4.
         zeros: uint8 ``[P, G, 16]`` of formats with zero points.
-        places: where tensors lie in files, by the names of their fields, if they do.
     """
 
     format: WeightFormat
@@ -160,7 +157,6 @@ class PackedWeight:
     values: Tensor
     scales: Tensor | None = None
     zeros: Tensor | None = None
-    places: Mapping[str, FilePlace] = field(default_factory=dict)
 
     def parts(self) -> dict[str, Tensor]:
         """Its tensors by the names of their fields."""

@@ -225,8 +225,8 @@ class PackedLoader(CheckpointLoader):
         }
         found = {part: self._reader.place(f"{name}.{part}") for part in parts}
         places = {part: place for part, place in found.items() if place is not None}
-        sizes = (stack.total, stack.columns)
-        packed = PackedWeight(format, *sizes, stack.gated, **parts, places=places)
+        self._ops.linears.expect(name, places)
+        packed = PackedWeight(format, stack.total, stack.columns, stack.gated, **parts)
         return self._ops.linears.packed(packed, bias)
 
     def _table(self, name: str, shape: tuple[int, int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -346,8 +346,10 @@ class StreamingLinears(LinearOps):
         self.keeps_blocks, self.dense_layout = base.keeps_blocks, base.dense_layout
         self._base, self._dtype, self._tier = base, dtype, tier
         self._layer: int | None = None
+        self._places: Mapping[str, FilePlace] = {}
 
-    def expect(self, name: str) -> None:
+    def expect(self, name: str, places: Mapping[str, FilePlace] | None = None) -> None:
+        self._places = places or {}
         layer = layer_of(name)
         self._layer = layer if layer in self._tier.layers else None
 
@@ -375,7 +377,7 @@ class StreamingLinears(LinearOps):
         if weight.format == BF16 and self.dense_layout == "plain":
             return self.dense(unpack_dense(weight).to(self._dtype), bias, gated=weight.gated)
         names, tensors = list(weight.parts()), list(weight.parts().values())
-        places = [weight.places.get(name) for name in names]
+        places = [self._places.get(name) for name in names]
         empty = weight.to("meta")
 
         def build(views: Sequence[Tensor]) -> Linear:

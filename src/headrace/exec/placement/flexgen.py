@@ -114,10 +114,10 @@ class FlexGen(PlacementMethod):
         held = min(facts.sequences * facts.sequence_pages / 2, facts.num_pages)
         blocks = math.ceil(facts.sequences / placement.block_rows)
         computing = blocks * sum(facts.layer_bytes) + held * sum(pages)
-        reading = sum(facts.layer_bytes[layer] for layer in placement.streamed)
+        weights = sum(facts.layer_bytes[layer] for layer in placement.streamed)
         spilled = sum(pages[layer] for layer in placement.spilled)
         # What is read, and the last page of every sequence, which is written back.
-        reading += spilled * (held + facts.sequences)
+        reading = weights + spilled * (held + facts.sequences)
         parts = (computing / facts.memory_bandwidth, reading / facts.disk_bandwidth)
         return max(parts) if self.overlap else sum(parts)
 
