@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -52,6 +53,25 @@ def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
         DiskFile.scratch(tmp_path, 1 << 60)
     assert measure_reading(tmp_path, direct=False) > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_direct_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, command: int, flags: int = 0) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return 0
+
+    monkeypatch.setattr("fcntl.fcntl", refuse)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ValueError, match=r"O_DIRECT.*; name another directory, or set direct=fal"):
+        measure_reading(tmp_path, direct=True)
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"{path}: its file system does not read past the page"):
+        DiskFile.open(path, direct=True)
+    assert len(os.listdir("/proc/self/fd")) == len(before), "a file is left open"
 
 
 def test_alignment() -> None:
