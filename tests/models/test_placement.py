@@ -134,6 +134,7 @@ def run(llm: LLM, prompts: list[list[int]] = PROMPTS) -> list[Tensor]:
             {"micro_batch": 2},
             id="preemption",
         ),
+        pytest.param({"weights": "w4a8-g32-zp"}, {"micro_batch": 2}, id="w4a8"),
         pytest.param({"kv_cache_dtype": "int8"}, {"micro_batch": 1}, id="int8"),
         pytest.param({"enable_prefix_caching": False}, {"direct": False}, id="page cache"),
     ],

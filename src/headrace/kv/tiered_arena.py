@@ -160,9 +160,11 @@ class TieredArena(KVArena, Tier):
 
     def copy_pages(self, copies: Sequence[tuple[int, int]]) -> None:
         """See ``KVArena``: in memory and in the file."""
+        if not copies:
+            return
         super().copy_pages(copies)
         record = aligned_memory(self._record)
-        for region in {region for _, region in self._home.values()} if copies else ():
+        for region in {region for _, region in self._home.values()}:
             for source, target in copies:
                 self._file.read(record, self._offset(region, source))
                 self._file.write(record, self._offset(region, target))
