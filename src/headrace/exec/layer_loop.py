@@ -114,9 +114,8 @@ class TappedContext(LayerContext):
 class LayerLoop:
     """Runs a model over micro-batches: all layers of one before the next begins.
 
-    With ``tiers``, all micro-batches pass a layer before the next layer begins (FlexGen:
-    High-Throughput Generative Inference of Large Language Models with a Single GPU, section 4.2),
-    so that what a layer needs is brought once.
+    With ``tiers``, all micro-batches pass a layer before the next layer begins, so that what a
+    layer needs is brought once: a block schedule.
     """
 
     def __init__(
