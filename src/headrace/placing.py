@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,8 @@ from headrace.weights.loader import plan_weights
 from headrace.weights.reader import WeightReader
 from headrace.weights.streaming import LayerCounter, StreamingLinears, WeightTier
 
+_log = logging.getLogger(__name__)
+
 _MEASURED = 64 << 20
 """Bytes that are read to measure the bandwidth of memory."""
 
@@ -45,6 +48,7 @@ class Placing:
         self.num_pages: int | None = None
         self.ops = ops
         self._method = next(iter(of_kind(methods, PlacementMethod)), None)
+        self._pages: DiskFile | None = None
         self._weights: WeightTier | None = None
         self._arena: TieredArena | None = None
 
@@ -75,6 +79,15 @@ class Placing:
             facts = self._facts(method, config, checkpoint, architecture, plan, layout, chunk)
             self.num_pages = facts.num_pages
             self.placement = placement = method.place(facts)
+            _log.info(
+                "on disk: weights of %d and KV pages of %d of %d layers; %d sequences in a block",
+                len(placement.streamed),
+                len(placement.spilled),
+                len(facts.layer_bytes),
+                placement.block_rows,
+            )
+            if placement.spilled:
+                self._pages = _page_file(method, layout, facts.num_pages, placement)
             if not placement.streamed:
                 return
             size = sum(facts.layer_bytes[layer] for layer in placement.streamed)
@@ -134,16 +147,10 @@ class Placing:
     def make_arena(
         self, layout: CacheLayout, num_pages: int, device: str, num_rows: int
     ) -> KVArena:
-        """The KV cache. Raises ConfigurationError: the disk has no room for it."""
+        """The KV cache."""
         placement, method = self.placement, self._method
-        if method is None or not placement.spilled:
+        if method is None or self._pages is None:
             return KVArena(layout, num_pages, device, num_rows)
-        with _explained(method):
-            size = file_bytes(layout, num_pages, placement.spilled)
-            file = _scratch(method, size)
-            file.reserve(size)
-            if method.direct:
-                file.bypass_cache()
         self._arena = TieredArena(
             layout,
             num_pages,
@@ -151,7 +158,7 @@ class Placing:
             spilled=placement.spilled,
             block_pages=min(num_pages, placement.block_pages),
             slots=placement.slots,
-            file=file,
+            file=self._pages,
             ahead=method.overlap,
         )
         return self._arena
@@ -166,11 +173,31 @@ class Placing:
         """Give back files, memory and threads, of an engine that was never put together."""
         for tier in self.placed.tiers:
             tier.close()
+        if self._pages is not None:
+            self._pages.close()
 
 
 def _scratch(method: PlacementMethod, size: int) -> DiskFile:
     with _explained(method):
         return DiskFile.scratch(Path(method.directory), size)
+
+
+def _page_file(
+    method: PlacementMethod, layout: CacheLayout, num_pages: int, placement: Placement
+) -> DiskFile:
+    """A file with room for the pages of all spilled layers. Raises ValueError."""
+    size = file_bytes(layout, num_pages, placement.spilled)
+    try:
+        file = DiskFile.scratch(Path(method.directory), size)
+        file.reserve(size)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; KV pages take it: lower max_model_len, max_num_seqs or "
+            "kv_cache_memory_bytes to need less"
+        ) from error
+    if method.direct:
+        file.bypass_cache()
+    return file
 
 
 @contextmanager

@@ -325,7 +325,10 @@ def test_refusals(
     small = load_least(deep.directory, disk, SMALL)
     small.close()
     small.close()
-    # No room for weights; and for weights, but not for the pages, when weights are read already.
+    # What comes too late leaves nothing behind either: weights are being read by then.
+    scarce = {**SMALL, "kv_cache_memory_bytes": 2 * LAYERS * 4096}
+    with pytest.raises(ConfigurationError, match="max_model_len: 48 tokens need more KV memory"):
+        load_least(deep.directory, disk, scarce)
     pages = {**SMALL, "kv_cache_memory_bytes": 100 * LAYERS * 4096}
     larger = least_memory(deep.directory, disk, pages)
     monkeypatch.setattr("headrace.placing.measure_reading", lambda *_: 1e9)
