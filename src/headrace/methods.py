@@ -32,6 +32,7 @@ ROOMS = (
     "headrace.exec.steering",
     "headrace.exec.sparsity",
     "headrace.exec.decoding.drafters",
+    "headrace.exec.placement",
 )
 """Packages in which every module is a method, named as it is."""
 

@@ -108,6 +108,7 @@ class FakeLLM:
         *,
         priority: int = 0,
         adapter: str | None = None,
+        methods: Any = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         text = self.tokenizer.decode(prompt)
         self.seen.append((request_id, params, priority))

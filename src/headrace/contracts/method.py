@@ -25,6 +25,7 @@ class Property(Enum):
     OWN_CONTEXT = "a sequence sees its own tokens and no others"
     ALL_NEURONS = "every token goes through all inner neurons of the feed-forward layers"
     FED_TOKENS_STAY = "a token that is fed belongs to its sequence"
+    IN_MEMORY = "weights and KV pages stay where they are, in memory"
 
     def __repr__(self) -> str:
         return self.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -148,27 +149,68 @@ class LayerContext:
 
 
 class LayerLoop:
-    """Runs a model over micro-batches: all layers of one before the next begins."""
+    """Runs a model over micro-batches: all layers of one before the next begins.
+
+    With ``tiers``, all micro-batches pass a layer before the next layer begins, so that what a
+    layer needs is brought once: a block schedule.
+    """
 
     def __init__(
         self, model: DecoderModel, arena: KVArena, ops: Ops, extensions: Extensions | None = None
     ) -> None:
         self._extensions = extensions or Extensions()
+        self._tiers = self._extensions.placed.tiers
         self._model = model
         self._arena = arena
         self._ops = ops
 
     def run(self, batches: Sequence[ForwardBatch], view: PageView | None = None) -> Tensor:
         """Hidden states of all inputs, ``[T, hidden]``, before the final norm."""
-        hidden = [self._run_layers(batch, view) for batch in batches]
+        if self._tiers:
+            hidden = self._run_by_layer(batches, view)
+        else:
+            hidden = [self._run_layers(batch, view) for batch in batches]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
+    def _context(self, batch: ForwardBatch, view: PageView | None) -> LayerContext:
+        return LayerContext(batch, self._arena, self._ops, self._extensions, view)
+
+    def _route(self, batch: ForwardBatch) -> None:
+        """Say which inputs go through which adapters and neurons, before they run."""
+        self._extensions.routes.rows = batch.adapted
+        if self._extensions.neurons is not None:
+            self._extensions.neurons.routes.step = batch.neurons
+
+    def _run_by_layer(self, batches: Sequence[ForwardBatch], view: PageView | None) -> list[Tensor]:
+        hidden = [self._model.embed(batch.input_ids, batch.positions) for batch in batches]
+        contexts = [self._context(batch, view) for batch in batches]
+        blocks = [
+            [*places] for _, places in groupby(range(len(batches)), lambda i: batches[i].block)
+        ]
+        try:
+            for tier in self._tiers:
+                tier.begin(len(blocks))
+            for index, layer in enumerate(self._model.layers):
+                for block, places in enumerate(blocks):
+                    for tier in self._tiers:
+                        tier.enter(index, block)
+                    for place in places:
+                        self._route(batches[place])
+                        entering = contexts[place].enter(index, hidden[place])
+                        hidden[place] = layer.feed(layer.mix(entering, contexts[place]))
+                    for tier in self._tiers:
+                        tier.leave(index, block)
+            for tier in self._tiers:
+                tier.end()
+        except BaseException:
+            for tier in self._tiers:
+                tier.stop()
+            raise
+        return hidden
+
     def _run_layers(self, batch: ForwardBatch, view: PageView | None) -> Tensor:
-        extensions = self._extensions
-        context = LayerContext(batch, self._arena, self._ops, extensions, view)
-        extensions.routes.rows = batch.adapted
-        if extensions.neurons is not None:
-            extensions.neurons.routes.step = batch.neurons
+        context = self._context(batch, view)
+        self._route(batch)
         hidden = self._model.embed(batch.input_ids, batch.positions)
         for index, layer in enumerate(self._model.layers):
             hidden = layer.mix(context.enter(index, hidden), context)

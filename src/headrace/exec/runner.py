@@ -32,6 +32,9 @@ class LocalRunner(Runner):
 
     Args:
         drafters: what guesses tokens, by name of the method.
+
+    Attributes:
+        tiers: what brings what is on disk; closed with the runner.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class LocalRunner(Runner):
         sampler: Sampler,
         drafters: Mapping[str, Drafter] | None = None,
     ) -> None:
+        self.tiers = forward.extensions.placed.tiers
         self.arena = forward.arena
         self.sampler = sampler
         self._forward = forward
@@ -58,6 +62,10 @@ class LocalRunner(Runner):
 
     def collect(self, ticket: Ticket) -> StepResult:
         return self._results.pop(ticket)
+
+    def close(self) -> None:
+        for tier in self.tiers:
+            tier.close()
 
     def _execute(self, plan: StepPlan, tables: PageTables) -> StepResult:
         marks = [time.perf_counter()]
