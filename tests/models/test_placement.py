@@ -191,7 +191,7 @@ def test_part_on_disk(deep: Expected, disk: Path) -> None:
     found = []
     for memory in (cap + 100_000, cap + 200_000, cap + 300_000, 1 << 30):
         with load(deep.directory, methods=method(disk, memory), **SMALL) as llm:
-            placement = llm.engine.runner._builder._placement  # type: ignore[attr-defined]
+            placement = llm.engine.runner._forward.builder._placement  # type: ignore[attr-defined]
             found.append(len(placement.streamed))
             for one, other in zip(plain, run(llm), strict=True):
                 assert (one - other).abs().max() < TOLERANCE
