@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from headrace.config import EngineConfig
-from headrace.methods import ROOMS
+from headrace.methods import ROOMS, find_method, known_methods
 from tests.house.source import PACKAGE, docstrings, parse, python_files, relative, room
 
 FILE_LINES = 800
 FUNCTION_LINES = 80
 CORE_LINES = 12_000
+METHOD_LINES = 150
 CORE = ("config", "contracts", "engine", "errors", "exec", "kv", "models", "ops", "registry")
 CONFIG_FIELDS = 60
 
@@ -114,6 +115,22 @@ def test_the_core_stays_small() -> None:
     assert PACKAGE / "config.py" in core
     assert PACKAGE / "models" / "llama.py" not in core
     assert sum(map(count_text, core)) < CORE_LINES
+
+
+def test_methods_are_small_and_known_to_their_files_alone() -> None:
+    sources = {path: path.read_text(encoding="utf-8").lower() for path in PACKAGE.rglob("*.py")}
+    methods = known_methods()
+    assert len(methods) > 10
+    for name, module in methods.items():
+        own = PACKAGE.parent / (module.replace(".", "/") + ".py")
+        assert count_lines(own) <= METHOD_LINES, name
+        words = {name, name.replace("-", "_"), find_method(name).__name__.lower()}
+        found = [
+            relative(path)
+            for path, text in sources.items()
+            if path != own and any(re.search(rf"\b{word}\b", text) for word in words)
+        ]
+        assert found == [], f"{name} is known elsewhere"
 
 
 def test_configuration_stays_small() -> None:
