@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from headrace.errors import ConfigurationError
 
+FULL = "full"
+"""Everything stays in the KV cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
@@ -32,8 +35,10 @@ class EngineConfig:
         block_size: slots of a KV page.
         kv_cache_dtype: "auto" (the dtype of computation) or "int8" (with a scale per token and
             head, half the bytes of bfloat16).
-        kv: what stays in the KV cache: "full", or a policy with its options
-            ("random-eviction:keep=0.25").
+        kv: the method that decides what stays in the KV cache, with its options
+            ("NAME:OPTION=VALUE,..."), or "full".
+        methods: others that are on, each with its options ("NAME:OPTION=VALUE,..."; NAME may be
+            "FILE.py:CLASS"). Requests may choose among them.
         kv_cache_memory_bytes: size of the KV arena; overrides ``memory_utilization``.
         memory_utilization: share of the memory that is free after loading the weights.
         enable_prefix_caching: keep and share the pages of equal prefixes; ``None`` where the model
@@ -60,7 +65,8 @@ class EngineConfig:
     max_num_waiting: int = 1024
     block_size: int = 16
     kv_cache_dtype: str = "auto"
-    kv: str = "full"
+    kv: str = FULL
+    methods: tuple[str, ...] = ()
     kv_cache_memory_bytes: int | None = None
     memory_utilization: float = 0.5
     enable_prefix_caching: bool | None = None
@@ -88,6 +94,8 @@ class EngineConfig:
         for name in ("device", "weights", "head_weights", "scheduling_policy", "isa", "kv"):
             self._check(name, isinstance(getattr(self, name), str), "must be a name")
         self._check("seed", self.seed is None or isinstance(self.seed, int), "must be an integer")
+        ok = not isinstance(self.methods, str) and all(isinstance(m, str) for m in self.methods)
+        self._check("methods", ok, "must be a list of texts")
         share = self.memory_utilization
         ok = isinstance(share, (int, float)) and 0 < share <= 1
         self._check("memory_utilization", ok, "must be in (0, 1]")

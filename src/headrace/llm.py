@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from headrace.adapters import AdapterRegistry, read_adapter
 from headrace.config import EngineConfig
+from headrace.contracts.gang import gang_method
 from headrace.contracts.outputs import RequestOutput, SequenceUpdate
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
@@ -31,6 +32,7 @@ from headrace.errors import (
     OverloadedError,
 )
 from headrace.loading import LoadProgress, load_engine, make_config
+from headrace.methods import Choice
 from headrace.request_output import OutputBuilder
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -45,11 +47,15 @@ _NO_OUTPUT = SamplingParams(max_tokens=0)
 
 
 class _Input(NamedTuple):
-    """A prompt that could run: its text (if there is one), tokens, and ends of its segments."""
+    """A prompt that could run: its text (if there is one), tokens, and ends of its segments.
+
+    ``beginnings`` are tokens with which the sequences of a gang begin behind it.
+    """
 
     text: str | None
     token_ids: list[int]
     boundaries: tuple[int, ...] = ()
+    beginnings: tuple[list[int], ...] = ()
 
 
 class _Face:
@@ -78,6 +84,7 @@ class _Face:
         self.model_info = loaded.info
         self._defaults = loaded.generation_defaults
         self._embedding = loaded.pooling
+        self.methods = loaded.methods
         self.adapters = AdapterRegistry(loaded.adapters)
         self._numbers = itertools.count()
         for name, weights in read.items():
@@ -108,13 +115,21 @@ class _Face:
         return self._prepare(text, _NO_OUTPUT, self._embedding.pooling).token_ids
 
     def _prepare(
-        self, prompt: Prompt, params: SamplingParams, pooling: Pooling | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        pooling: Pooling | None = None,
+        profile: Profile = EXACT,
     ) -> _Input:
         """Tokens of a request that could run."""
         if not isinstance(params, SamplingParams):
             raise InvalidRequestError("sampling_params", f"must be SamplingParams, got {params!r}")
         prepared = self._tokenize(prompt)
-        self.engine.check_request(prepared.token_ids, params, pooling)
+        gang = gang_method(profile.methods, params.n)
+        if gang is not None:
+            headers = (self.tokenizer.encode(text, False) for text in gang.headers(params.n))
+            prepared = prepared._replace(beginnings=tuple(headers))
+        self.engine.check_request(prepared.token_ids, params, pooling, profile, prepared.beginnings)
         return prepared
 
     def _finish_embedding(self, output: RequestOutput, dimensions: int | None) -> RequestOutput:
@@ -184,6 +199,7 @@ class LLM(_Face):
         use_tqdm: bool | None = None,
         priority: int = 0,
         adapter: str | Sequence[str | None] | None = None,
+        methods: Choice | Sequence[Choice | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts, batched. Results are in the order of the prompts.
 
@@ -193,6 +209,8 @@ class LLM(_Face):
             use_tqdm: show a progress bar; on a terminal if ``None``.
             priority: see ``EngineConfig.scheduling_policy``.
             adapter: name of a loaded adapter, for all prompts or one each; ``None`` is the model.
+            methods: names of the engine's methods that are used, with options that requests may
+                set, for all prompts or one each; ``None``: all of the engine's.
 
         Returns:
             One result per prompt; one that failed while running carries ``error``.
@@ -202,10 +220,11 @@ class LLM(_Face):
         """
         listed = _list_prompts(prompts)
         params = self._params_for(len(listed), sampling_params)
-        jobs = [
-            (self._prepare(prompt, each), each) for prompt, each in zip(listed, params, strict=True)
-        ]
-        with self._profiles_for(len(listed), adapter) as profiles:
+        with self._profiles_for(len(listed), adapter, methods) as profiles:
+            jobs = [
+                (self._prepare(prompt, each, None, profile), each)
+                for prompt, each, profile in zip(listed, params, profiles, strict=True)
+            ]
             return self._run(jobs, profiles, use_tqdm, priority)
 
     def load_adapter(self, name: str, path: str | Path) -> None:
@@ -229,6 +248,7 @@ class LLM(_Face):
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         adapter: str | Sequence[str | None] | None = None,
+        methods: Choice | Sequence[Choice | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations, formatted by the model's chat template; see ``generate``."""
         prompts = [
@@ -243,7 +263,9 @@ class LLM(_Face):
             }
             for conversation in _list_conversations(messages)
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, adapter=adapter)
+        return self.generate(
+            prompts, sampling_params, use_tqdm=use_tqdm, adapter=adapter, methods=methods
+        )
 
     def embed(
         self,
@@ -252,6 +274,7 @@ class LLM(_Face):
         dimensions: int | None = None,
         use_tqdm: bool | None = None,
         adapter: str | Sequence[str | None] | None = None,
+        methods: Choice | Sequence[Choice | None] | None = None,
     ) -> list[RequestOutput]:
         """Embeddings of texts, batched, in the order of the texts.
 
@@ -260,7 +283,7 @@ class LLM(_Face):
 
         Args:
             dimensions: elements of an embedding, of models whose first ones are embeddings too.
-            adapter: see ``generate``.
+            adapter, methods: see ``generate``.
 
         Returns:
             One result per text, its ``embedding`` ``[width]``.
@@ -274,7 +297,7 @@ class LLM(_Face):
         jobs = [
             (self._prepare(text, _NO_OUTPUT, pooling), _NO_OUTPUT) for text in _list_prompts(texts)
         ]
-        with self._profiles_for(len(jobs), adapter) as profiles:
+        with self._profiles_for(len(jobs), adapter, methods) as profiles:
             outputs = self._run(jobs, profiles, use_tqdm, 0, pooling)
         return [self._finish_embedding(output, dimensions) for output in outputs]
 
@@ -292,18 +315,25 @@ class LLM(_Face):
 
     @contextlib.contextmanager
     def _profiles_for(
-        self, count: int, adapter: str | Sequence[str | None] | None
+        self,
+        count: int,
+        adapter: str | Sequence[str | None] | None,
+        methods: Choice | Sequence[Choice | None] | None,
     ) -> Iterator[list[Profile]]:
         """A profile for each prompt; adapters stay as long as the context lasts."""
         if adapter is None or isinstance(adapter, str):
             adapter = [adapter] * count
-        if len(adapter) != count:
-            raise InvalidRequestError("adapter", f"{len(adapter)} were given for {count} prompts")
+        if methods is None or isinstance(methods, Mapping):
+            methods = [methods] * count
+        for field, given in (("adapter", adapter), ("methods", methods)):
+            if len(given) != count:
+                raise InvalidRequestError(field, f"{len(given)} were given for {count} prompts")
+        chosen = [self.methods.choose(each) for each in methods]
         keys: list[str] = []
         try:
             # One by one: those before a name that is unknown have to be released.
             keys.extend("" if name is None else self.adapters.acquire(name) for name in adapter)
-            yield [Profile(adapter=key) for key in keys]
+            yield [Profile(each, key) for each, key in zip(chosen, keys, strict=True)]
         finally:
             for key in filter(None, keys):
                 self.adapters.release(key)
@@ -335,6 +365,7 @@ class LLM(_Face):
                         profile=profile,
                         boundaries=prompt.boundaries,
                         pooling=pooling,
+                        beginnings=prompt.beginnings,
                     )
                 for update in self.engine.step():
                     if update.request_id not in builders:
@@ -409,11 +440,12 @@ class AsyncLLM(_Face):
         profile: Profile = EXACT,
         pooling: Pooling | None = None,
         adapter: str | None = None,
+        methods: Choice | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's live, cumulative result after each update.
 
-        Closing the iterator early ends the request and frees its pages. ``adapter`` is the name of
-        a loaded one.
+        Closing the iterator early ends the request and frees its pages. ``adapter`` and
+        ``methods`` are as in ``LLM.generate``.
 
         Raises:
             InvalidRequestError: the request is wrong.
@@ -422,7 +454,8 @@ class AsyncLLM(_Face):
             EngineClosedError: the engine is draining or closed.
         """
         params = self.default_sampling_params() if sampling_params is None else sampling_params
-        prepared = self._prepare(prompt, params, pooling)
+        profile = replace(profile, methods=self.methods.choose(methods))
+        prepared = self._prepare(prompt, params, pooling, profile)
         engine_id = str(next(self._numbers))
         if request_id is None:
             request_id = f"request-{engine_id}"
@@ -467,11 +500,18 @@ class AsyncLLM(_Face):
         dimensions: int | None = None,
         priority: int = 0,
         adapter: str | None = None,
+        methods: Choice | None = None,
     ) -> RequestOutput:
         """The embedding of a text; see ``LLM.embed``, and ``generate`` for what it raises."""
-        pooling = self._embedding.pooling
-        options: dict[str, Any] = {"priority": priority, "pooling": pooling, "adapter": adapter}
-        stream = self.generate(text, _NO_OUTPUT, request_id, **options)
+        stream = self.generate(
+            text,
+            _NO_OUTPUT,
+            request_id,
+            priority=priority,
+            pooling=self._embedding.pooling,
+            adapter=adapter,
+            methods=methods,
+        )
         async with aclosing(stream):
             outputs = [output async for output in stream]
         return self._finish_embedding(outputs[-1], dimensions)
@@ -587,6 +627,7 @@ class AsyncLLM(_Face):
                 profile=profile,
                 boundaries=prompt.boundaries,
                 pooling=pooling,
+                beginnings=prompt.beginnings,
             )
         except Exception as error:
             if stream := self._streams.get(engine_id):

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from headrace.config import EngineConfig
-from headrace.contracts.cache import CacheLayout, layout_of
+from headrace.contracts.cache import CacheLayout, LayerState, layout_of
+from headrace.contracts.method import Method, ModelFacts, of_kind
+from headrace.contracts.slot_policy import SlotPolicy
 from headrace.embedding import EmbeddingSettings
 from headrace.engine.clock import MonotonicClock
 from headrace.engine.compose import compose_engine, fit_context, shares_prefixes
 from headrace.engine.engine import Engine, EngineLimits
 from headrace.errors import ConfigurationError
+from headrace.exec.extensions import Extensions
+from headrace.exec.forward import Forward, LoadedModel
 from headrace.exec.runner import LocalRunner
 from headrace.exec.sampling.sampler import Sampler
+from headrace.exec.slot_statistics import SlotStatistics
 from headrace.kv.arena import KVArena
-from headrace.kv.policies import FULL, make_kv_policy
+from headrace.methods import MethodSet, configured_methods
 from headrace.model_files import ModelFiles, open_model, read_tokenizer
-from headrace.models.base import find_architecture
+from headrace.models.base import DecoderModel, ModelShape, find_architecture
 from headrace.ops.device import Device, resolve_device
 from headrace.ops.scale_search import make_scale_search
-from headrace.ops.table import make_ops
+from headrace.ops.table import Ops, make_ops
+from headrace.placing import Placing
 from headrace.text.tokenizer import Tokenizer
 from headrace.weights.adapters import AdapterBank
+from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.formats import WeightPlan
 from headrace.weights.hub import is_gguf, resolve_model
 from headrace.weights.loader import CheckpointLoader, make_loader
+from headrace.weights.neurons import NeuronLoader
 from headrace.weights.packing import PackedModel, packed_checkpoint
 from headrace.weights.quantizers import DEFAULT_QUANTIZER, make_quantizer
 from headrace.weights.safetensors_checkpoint import SafetensorsCheckpoint
@@ -83,6 +93,7 @@ class LoadedEngine:
     generation_defaults: dict[str, Any]
     pooling: EmbeddingSettings
     adapters: AdapterBank
+    methods: MethodSet
 
 
 def embedded_model() -> Path:
@@ -97,23 +108,35 @@ def find_model(config: EngineConfig) -> Path:
     return resolve_model(config.model, config.revision, config.download_dir)
 
 
-def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> LoadedEngine:
-    """Find, check and load a model, size the KV arena, and put the engine together.
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is to be loaded, and the operations that it is loaded for."""
 
-    Raises:
-        ConfigurationError: an option does not fit the model or the machine.
-        CheckpointError: the checkpoint cannot be found, read or understood.
-    """
+    files: ModelFiles
+    architecture: type[DecoderModel]
+    shape: ModelShape
+    states: tuple[LayerState, ...]
+    tokenizer: Tokenizer
+    device: Device
+    dtype: str
+    ops: Ops
+    plan: WeightPlan
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.files.checkpoint
+
+
+def _open_source(config: EngineConfig) -> _Source:
     device = resolve_device(config.device)
     plan = WeightPlan.parse(config.weights, config.head_weights)
-    kv_policy = make_kv_policy(config.kv)
     files = open_model(find_model(config))
-    checkpoint = files.checkpoint
-    architecture = find_architecture(checkpoint.config)
-    shape = architecture.shape(checkpoint.config)
+    source = files.checkpoint.config
+    architecture = find_architecture(source)
+    shape = architecture.shape(source)
     tokenizer = find_tokenizer(config, files)
     wanted = "float32" if config.reference else config.dtype
-    dtype = device.choose_dtype(wanted, checkpoint.dtype)
+    dtype = device.choose_dtype(wanted, files.checkpoint.dtype)
     ops = make_ops(
         device,
         dtype,
@@ -121,30 +144,61 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         threads=config.num_threads,
         isa=config.isa,
     )
-    cache_dtype = config.cache_dtype(dtype)
-    layout = layout_of(architecture.layer_states(checkpoint.config, cache_dtype), config.block_size)
-    check_composition(config, layout)
-    prefix_caching = shares_prefixes(config, layout, architecture.causal)
-    counted = _counted(progress, checkpoint.num_bytes)
-    loader = make_loader(checkpoint, architecture.load_map, ops, plan, counted)
-    model = architecture(config_for(checkpoint.config, config.max_model_len), loader, ops)
+    states = tuple(architecture.layer_states(source, config.cache_dtype(dtype)))
+    return _Source(files, architecture, shape, states, tokenizer, device, dtype, ops, plan)
 
-    chunk = config.max_num_batched_tokens or device.step_tokens
-    if not architecture.causal:
-        chunk = max(chunk, config.max_model_len or shape.context)
-    num_pages = size_arena(config, layout, shape.context, chunk, device, loader.mapped_bytes)
-    context = fit_context(config, layout, num_pages, shape.context, chunk)
-    sampler = Sampler(selection=ops.selection)
-    arena = KVArena(layout, num_pages, device.name, config.max_num_seqs)
-    runner = LocalRunner(model, arena, ops, sampler, loader.bank.routes)
-    generation = files.generation
-    limits = EngineLimits(
-        max_model_len=context,
-        max_num_waiting=config.max_num_waiting,
-        vocab_size=shape.vocab_size,
-        eos_token_ids=_end_tokens(checkpoint.config, generation, tokenizer),
-        generates=architecture.causal,
-    )
+
+def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> LoadedEngine:
+    """Find, check and load a model, size the KV arena, and put the engine together.
+
+    Raises:
+        ConfigurationError: an option does not fit the model or the machine.
+        CheckpointError: the checkpoint cannot be found, read or understood.
+    """
+    wanted = configured_methods(config)
+    with ExitStack() as opened:
+        loaded = _load(config, wanted, progress, opened)
+        opened.pop_all()
+    return loaded
+
+
+def _load(
+    config: EngineConfig,
+    wanted: Sequence[Method],
+    progress: LoadProgress | None,
+    opened: ExitStack,
+) -> LoadedEngine:
+    """See ``load_engine``; ``opened`` closes what a failure leaves behind."""
+    source = _open_source(config)
+    checkpoint, architecture, device = source.checkpoint, source.architecture, source.device
+    methods = MethodSet(wanted, model_facts(source, config.block_size))
+    layout = layout_of(source.states, config.block_size)
+    prefix_caching = shares_prefixes(config, layout, architecture.causal)
+    chunk = step_inputs(config, device, source.shape.context, architecture.causal)
+    placing = Placing(methods.methods, source.ops)
+    opened.callback(placing.close)
+    placing.decide(config, checkpoint, architecture, source.plan, layout, chunk)
+    counted = _counted(progress, checkpoint.num_bytes)
+    loader = make_loader(checkpoint, architecture.load_map, placing.ops, source.plan, counted)
+    read = config_for(checkpoint.config, config.max_model_len)
+    model = architecture(read, loader, source.ops)
+    placing.weights_are_loaded()
+    by_neuron = NeuronLoader(checkpoint, architecture.load_map, source.ops, loader.plan)
+    neurons = methods.open_neurons(model, by_neuron)
+    loader.num_bytes += neurons.num_bytes if neurons else 0
+    layout = replace(layout, method_states=neurons.planes if neurons else ())
+    num_pages = placing.num_pages
+    if num_pages is None:
+        num_pages = size_arena(
+            config, layout, source.shape.context, chunk, device, loader.mapped_bytes
+        )
+    context = fit_context(config, layout, num_pages, source.shape.context, chunk)
+    arena = placing.make_arena(layout, num_pages, device.name, config.max_num_seqs)
+    extensions = Extensions(loader.bank.routes, neurons=neurons, placed=placing.placed)
+    forward = Forward(model, arena, source.ops, extensions)
+    load_second = partial(_load_second, config, source)
+    runner = make_runner(forward, methods, load_second, config.max_num_seqs, context)
+    limits = engine_limits(config, source, context)
     engine = compose_engine(
         config,
         layout=layout,
@@ -153,28 +207,104 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         limits=limits,
         runner=runner,
         clock=MonotonicClock(),
-        text=tokenizer.stream,
-        kv_policy=kv_policy,
+        text=source.tokenizer.stream,
         causal=architecture.causal,
     )
     info = ModelInfo(
         name=config.model or EMBEDDED_NAME,
-        path=files.path,
+        path=source.files.path,
         architecture=str(checkpoint.config["model_type"]),
-        **weight_facts(loader, dtype),
-        dtype=dtype,
+        **weight_facts(loader, source.dtype),
+        **cache_facts(layout, num_pages),
+        dtype=source.dtype,
         device=device.name,
         max_model_len=context,
-        vocab_size=shape.vocab_size,
+        vocab_size=source.shape.vocab_size,
         eos_token_ids=limits.eos_token_ids,
-        kv_token_bytes=int(layout.token_bytes),
-        num_pages=num_pages,
-        block_size=config.block_size,
         prefix_caching=prefix_caching,
     )
-    pooling = files.read_pooling(architecture.causal)
-    return LoadedEngine(
-        engine, tokenizer, info, _sampling_defaults(generation), pooling, loader.bank
+    defaults = _sampling_defaults(source.files.generation)
+    pooling = source.files.read_pooling(architecture.causal)
+    return LoadedEngine(engine, source.tokenizer, info, defaults, pooling, loader.bank, methods)
+
+
+def engine_limits(config: EngineConfig, source: _Source, context: int) -> EngineLimits:
+    """What requests are checked against, ``context`` tokens among them."""
+    ends = _end_tokens(source.checkpoint.config, source.files.generation, source.tokenizer)
+    return EngineLimits(
+        max_model_len=context,
+        max_num_waiting=config.max_num_waiting,
+        vocab_size=source.shape.vocab_size,
+        eos_token_ids=ends,
+        generates=source.architecture.causal,
+    )
+
+
+def make_runner(
+    forward: Forward,
+    methods: MethodSet,
+    load_second: Callable[[str], LoadedModel],
+    num_rows: int,
+    context: int,
+) -> LocalRunner:
+    """What executes steps, with all that methods need made ready.
+
+    Raises:
+        ConfigurationError: a method does not fit the model.
+    """
+    sampler = Sampler(selection=forward.ops.selection)
+    methods.open_taps(forward)
+    forward.extensions.taps = methods.taps
+    forward.extensions.statistics = make_statistics(methods, forward.arena, context, num_rows)
+    methods.open_drafters(forward, sampler, load_second, num_rows, context)
+    return LocalRunner(forward, sampler, methods.drafters)
+
+
+def make_statistics(
+    methods: MethodSet, arena: KVArena, context: int, num_rows: int
+) -> SlotStatistics | None:
+    """What policies of slots need beside the arena; ``None`` without such."""
+    found = of_kind(methods.methods, SlotPolicy)
+    if not found:
+        return None
+    schedules = [policy.schedule(arena.layout.block_size) for policy in found]
+    return SlotStatistics(arena, num_rows, max(each.most_slots(context) for each in schedules))
+
+
+def _load_second(config: EngineConfig, first: _Source, name: str) -> LoadedModel:
+    """Another model, on the operations of the first. Raises ValueError if its tokens are others."""
+    files = open_model(resolve_model(name, None, config.download_dir))
+    other, source = files.read_tokenizer(), files.checkpoint.config
+    ours = [first.tokenizer.token_text(token) for token in range(first.tokenizer.vocab_size)]
+    theirs = [other.token_text(token) for token in range(other.vocab_size)]
+    if ours != theirs:
+        place = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+            min(len(ours), len(theirs)),
+        )
+        raise ValueError(
+            f"model: {name} has other tokens than the engine's model, the first of them {place}; "
+            "choose one with the same tokenizer"
+        )
+    architecture = find_architecture(source)
+    if not architecture.causal:
+        raise ValueError(f"model: {name} does not generate")
+    shape = architecture.shape(source)
+    states = architecture.layer_states(source, config.cache_dtype(first.dtype))
+    loader = make_loader(files.checkpoint, architecture.load_map, first.ops, first.plan)
+    model = architecture(source, loader, first.ops)
+    return LoadedModel(model, first.ops, tuple(states), shape.context, config.block_size)
+
+
+def model_facts(source: _Source, block_size: int) -> ModelFacts:
+    """What methods may ask of a model."""
+    return ModelFacts(
+        source.states,
+        source.shape.context,
+        source.shape.vocab_size,
+        source.architecture.causal,
+        block_size,
+        source.architecture.rotary_attention,
     )
 
 
@@ -198,19 +328,24 @@ def weight_facts(loader: CheckpointLoader, dtype: str) -> dict[str, Any]:
     }
 
 
+def cache_facts(layout: CacheLayout, num_pages: int) -> dict[str, Any]:
+    """What a ``ModelInfo`` says of the KV cache."""
+    return {
+        "kv_token_bytes": int(layout.token_bytes),
+        "num_pages": num_pages,
+        "block_size": layout.block_size,
+    }
+
+
 def config_for(config: dict[str, Any], max_model_len: int | None) -> dict[str, Any]:
     """``config.json`` with the context that it may have been cut to, which RoPE may depend on."""
     return config if max_model_len is None else {**config, "max_model_len": max_model_len}
 
 
-def check_composition(config: EngineConfig, layout: CacheLayout) -> None:
-    """Refuse what does not go together. Raises ConfigurationError."""
-    if config.kv != FULL and (layout.window is not None or layout.states):
-        kind = "a sliding window" if layout.window is not None else "a recurrent state"
-        raise ConfigurationError(
-            f"kv: {config.kv!r} needs layers that keep all of their KV; this model has layers with "
-            f"{kind}"
-        )
+def step_inputs(config: EngineConfig, device: Device, context: int, causal: bool) -> int:
+    """Inputs of a step at most; a model that is not causal is fed whole texts."""
+    chunk = config.max_num_batched_tokens or device.step_tokens
+    return chunk if causal else max(chunk, config.max_model_len or context)
 
 
 def size_arena(

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
+from headrace.contracts.gang import GangMethod, gang_method
+from headrace.contracts.kv_codec import KVCodec
+from headrace.contracts.kv_policy import KVPolicy
+from headrace.contracts.method import Method, MethodCard, conflict
 from headrace.contracts.outputs import SequenceUpdate, TokenLogprobs
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
+from headrace.contracts.slot_policy import SlotPolicy
 from headrace.contracts.step import Pooling
 from headrace.engine.sequence import Request
-from headrace.errors import OverloadedError
-from headrace.kv.policies import make_kv_policy
+from headrace.errors import InvalidRequestError, OverloadedError
 from headrace.plan.simulation import simulated_engine
 from tests.engine.checking_runner import (
     CheckingRunner,
     Fault,
+    Guessing,
     Vector,
-    begin,
     draw,
-    extend,
     histories,
     pool,
     score,
 )
+from tests.engine.gang_checks import block_histories, fits
 
 VOCAB = 11
 EOS = 0
@@ -37,12 +42,29 @@ Windows = tuple[int | None, ...]
 """The window of each cache group."""
 
 
-def make_layout(windows: Windows, block_size: int, states: bool = False) -> CacheLayout:
-    """Cache groups of one layer each, and a state if wanted."""
+@dataclass(frozen=True, slots=True)
+class Watching(Method):
+    """Sees every input, keeps a state of the sequence, and ends a chunk where the prompt ends."""
+
+    card: ClassVar[MethodCard] = MethodCard("", "", "exact")
+    needs_all_inputs: ClassVar[bool] = True
+
+    def shared_tokens(self, prompt_tokens: int) -> int | None:
+        return prompt_tokens
+
+    def boundaries(self, prompt_tokens: int) -> tuple[int, ...]:
+        return (prompt_tokens,)
+
+
+def make_layout(
+    windows: Windows, block_size: int, states: bool = False, method_states: bool = False
+) -> CacheLayout:
+    """Cache groups of one layer each, and a state of the model or of methods if wanted."""
     planes = tuple(PlaneSpec(name, "slot", 1, 2, "float32") for name in ("key", "value"))
     groups = [CacheGroup((i,), (planes,), window) for i, window in enumerate(windows)]
     state = (len(groups), PlaneSpec("state", "sequence", 1, 2, "float32"))
-    return CacheLayout(block_size, tuple(groups), (state,) if states else ())
+    kept = [(state,) if wanted else () for wanted in (states, method_states)]
+    return CacheLayout(block_size, tuple(groups), *kept)
 
 
 @dataclass
@@ -54,6 +76,7 @@ class Setup:
     windows: Windows = (None,)
     """Of each cache group."""
     states: bool = False
+    method_states: bool = False
     block_size: int = 2
     pages: int = 12
     """Per group."""
@@ -61,7 +84,12 @@ class Setup:
     rows: int = 4
     tokens: int = 8
     waiting: int = 6
-    kv: str = "full"
+    policies: tuple[KVPolicy | SlotPolicy | KVCodec, ...] = ()
+    """What decides what stays in the cache, of which a request may have one."""
+    gangs: tuple[GangMethod, ...] = ()
+    """Methods by which sequences of a request may see each other."""
+    drafting: bool = False
+    """Whether requests may have their tokens guessed."""
     causal: bool = True
     """Whether it generates; else a step has room for any prompt."""
 
@@ -81,6 +109,7 @@ class Record:
     profile: Profile
     request: Request | None
     pooling: Pooling | None = None
+    beginnings: SequenceOf[SequenceOf[int]] = ()
     tokens: list[list[int]] = field(default_factory=list)
     reasons: list[str | None] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -94,7 +123,8 @@ class Record:
     @property
     def longest(self) -> int:
         """Inputs that all sequences together may feed, when nothing is preempted."""
-        return self.params.n * (len(self.prompt) + self.limit)
+        begun = sum(map(len, self.beginnings))
+        return self.params.n * (len(self.prompt) + self.limit) + begun
 
 
 def embedding(record: Record) -> Vector | None:
@@ -122,22 +152,20 @@ class Harness:
             max_num_waiting=setup.waiting,
             seed=0,
         )
-        policy = make_kv_policy(setup.kv)
         self.engine, self.clock = simulated_engine(
             config,
-            layout=make_layout(setup.windows, setup.block_size, setup.states),
+            layout=make_layout(setup.windows, setup.block_size, setup.states, setup.method_states),
             num_pages=setup.pages * len(setup.windows),
             context=setup.context,
             vocab_size=VOCAB,
             eos_token_ids=(EOS,),
-            kv_policy=policy,
             causal=setup.causal,
         )
         inner = self.engine.runner
-        self.runner = CheckingRunner(inner, self.engine, VOCAB, policy, setup.causal)
+        self.runner = CheckingRunner(inner, self.engine, VOCAB, setup.causal)
         self.engine.runner = self.runner
         self.records: dict[str, Record] = {}
-        self.refused = self.aborted = self.failed = 0
+        self.refused = self.aborted = self.failed = self.unfit = 0
         self._expected: dict[str, str] = {}
         """Requests that must end in the coming step, and how."""
 
@@ -159,15 +187,45 @@ class Harness:
         *,
         priority: int = 0,
         profile: Profile = EXACT,
+        policy: int = 0,
+        gang: int = 0,
+        begun: SequenceOf[int] = (),
         boundaries: tuple[int, ...] = (),
         pooling: Pooling | None = None,
+        draft: Guessing | None = None,
     ) -> Record | None:
-        """Add a request; ``None`` when the queue is full. Prompt and output are cut to fit."""
-        request_id = f"request-{len(self.records) + self.refused}"
+        """Add a request; ``None`` when the queue is full, or there is no room for a gang. Prompt
+        and output are cut to fit.
+
+        ``policy`` counts from 1 through those of the setup, and is 0 for none; so does ``gang``,
+        and it goes before. Of a gang, ``begun`` is what every block begins with, and its number.
+        """
+        if policy and self.setup.policies:
+            chosen = self.setup.policies[(policy - 1) % len(self.setup.policies)]
+            profile = replace(profile, methods=(chosen,))
+        if gang and self.setup.gangs:
+            profile = replace(profile, methods=(self.setup.gangs[(gang - 1) % 2],))
+        beginnings: list[list[int]] = []
+        in_gang = gang_method(profile.methods, params.n) is not None and params.max_tokens != 0
+        if in_gang and begun:
+            beginnings = [[*begun, index] for index in range(params.n)]
+        if draft is not None and self.setup.drafting:
+            together = (*profile.methods, draft)
+            if conflict(together) is None:
+                profile = replace(profile, methods=together)
+        request_id = f"request-{len(self.records) + self.refused + self.unfit}"
         prompt = list(prompt)
         full = self.engine.stats().waiting >= self.setup.waiting
         assert self.engine.queue_is_full == full
-        limit = self.engine.check_request(prompt, params, pooling)
+        try:
+            limit = self.engine.check_request(prompt, params, pooling, profile, beginnings)
+        except InvalidRequestError:
+            self.unfit += 1
+            assert gang_method(profile.methods, params.n) is not None
+            assert not self._has_room(prompt, params.n, params.max_tokens or 1, beginnings)
+            return None
+        if gang_method(profile.methods, params.n) is not None and limit:
+            assert self._has_room(prompt, params.n, limit, beginnings)
         try:
             self.engine.add_request(
                 request_id,
@@ -177,21 +235,42 @@ class Harness:
                 profile=profile,
                 boundaries=boundaries,
                 pooling=pooling,
+                beginnings=beginnings,
             )
         except OverloadedError:
             assert full
             self.refused += 1
             return None
+        except InvalidRequestError:
+            # A compaction would take more pages than there are.
+            assert profile.methods
+            self.refused += 1
+            return None
         assert not full
         scheduled = {s.request.request_id: s.request for s in self.engine.scheduler.waiting}
         request = scheduled.get(request_id)
-        record = Record(request_id, prompt, params, limit, profile, request, pooling)
+        record = Record(request_id, prompt, params, limit, profile, request, pooling, beginnings)
+        self.runner.beginnings[request_id] = beginnings
         record.tokens = [[] for _ in range(params.n)]
         record.reasons = [None] * params.n
         self.records[request_id] = record
         if record.request is None:
             assert limit == 0, "only a request that asks for nothing is never queued"
         return record
+
+    def _has_room(
+        self, prompt: list[int], count: int, limit: int, beginnings: SequenceOf[SequenceOf[int]]
+    ) -> bool:
+        """Whether a gang whose members generate ``limit`` tokens could run alone."""
+        return count <= min(self.setup.rows, self.setup.tokens) and fits(
+            len(prompt),
+            [len(each) for each in beginnings] or [0] * count,
+            limit,
+            context=self.context,
+            block_size=self.setup.block_size,
+            pages=self.engine.stats().pages_total,
+            groups=len(self.setup.windows),
+        )
 
     def abort(self, record: Record) -> None:
         """Abort a request, be it running, waiting or over."""
@@ -257,6 +336,7 @@ class Harness:
         )
         assert stats.prompt_tokens == sum(len(record.prompt) for record in self.records.values())
         assert (stats.aborted, stats.failed) == (self.aborted, self.failed)
+        assert stats.accepted_tokens <= stats.draft_tokens <= self.runner.seen.drafted
         assert 0 <= stats.pages_used <= stats.pages_total - stats.pages_cached
         assert stats.prefix_hit_tokens <= stats.prefix_query_tokens
         assert stats.running <= self.setup.rows
@@ -319,13 +399,25 @@ class Harness:
         assert record.request is not None
         state = record.request.sequences[index].state
         assert state.output_token_ids == record.tokens[index]
-        history = begin(record.profile)
-        for token in record.prompt:
-            history = extend(history, token)
+        known = self._before_draws(record, index)
         for number, token in enumerate(record.tokens[index]):
             banned = record.ends if number < record.params.min_tokens else ()
-            assert token == draw(history, state.seed, number, banned, VOCAB)
-            history = extend(history, token)
+            assert token == draw(known[number], state.seed, number, banned, VOCAB)
+
+    @staticmethod
+    def _before_draws(record: Record, index: int) -> list[int]:
+        """The history from which each token of a sequence was drawn."""
+        method = gang_method(record.profile.methods, record.params.n)
+        if method is None:
+            known = histories(record.profile, [*record.prompt, *record.tokens[index]])
+            return known[len(record.prompt) - 1 :]
+        start = histories(record.profile, record.prompt)[-1]
+        begun = record.beginnings or [()] * record.params.n
+        blocks = []
+        for first, tokens, reason in zip(begun, record.tokens, record.reasons, strict=True):
+            fed = tokens[:-1] if reason in ("stop", "length") else tokens
+            blocks.append([*first, *fed])
+        return [start, *block_histories(start, blocks, method)[index]][len(begun[index]) :]
 
     def _check_request(self, record: Record, update: SequenceUpdate) -> None:
         metrics = update.metrics
@@ -338,6 +430,7 @@ class Harness:
         )
         assert (metrics.first_token_time is not None) == any(record.tokens)
         assert metrics.num_cached_tokens < len(record.prompt)
+        assert metrics.num_accepted_tokens <= metrics.num_draft_tokens
         if record.request is not None:
             seeds = [sequence.state.seed for sequence in record.request.sequences]
             assert len(set(seeds)) == record.params.n

@@ -10,9 +10,15 @@ from collections import Counter
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
-from tests.engine.checking_runner import Fault
-from tests.engine.harness import VOCAB, Harness, Setup
+from headrace.engine.gangs.hogwild_inference import HogwildInference
+from headrace.kv.policies.random_eviction import RandomEviction
+from tests.engine.checking_runner import Fault, Guessing
+from tests.engine.gang_checks import SeesPrevious
+from tests.engine.harness import VOCAB, Harness, Setup, Watching
+from tests.engine.hashed_slots import HashedSlots
+from tests.engine.plain_units import PlainUnits
 
+GANGS = (HogwildInference(), SeesPrevious())
 SETUPS = (
     Setup(pages=9, rows=4, tokens=6),
     Setup(policy="priority", pages=9, rows=4, tokens=6),
@@ -26,14 +32,26 @@ SETUPS = (
     Setup(block_size=1, pages=22, rows=4, tokens=7),
     Setup(block_size=8, pages=6, rows=6, tokens=16),
     Setup(pages=16, rows=2, tokens=6),
-    Setup(pages=9, rows=4, tokens=6, kv="random-eviction:keep=0.5"),
-    Setup(windows=(None, None), pages=8, rows=5, tokens=9, kv="random-eviction:keep=0.2"),
+    Setup(pages=9, rows=4, tokens=6, policies=(RandomEviction(0.5),)),
+    Setup(windows=(None, None), pages=8, rows=5, tokens=9, policies=(RandomEviction(0.2),)),
+    Setup(pages=9, rows=4, tokens=6, policies=(HashedSlots(4, 4, 2),)),
+    Setup(windows=(None, None), pages=12, rows=5, tokens=9, policies=(HashedSlots(3, 2, 1),)),
+    Setup(pages=30, rows=3, tokens=6, context=24, policies=(HashedSlots(2, 2, 1),)),
+    Setup(pages=12, rows=4, tokens=6, policies=(PlainUnits(3, 1),)),
+    Setup(pages=14, rows=4, tokens=6, block_size=8, context=60, policies=(PlainUnits(4, 3),)),
     Setup(windows=(None, 5), pages=9, rows=4, tokens=6),
     Setup(policy="priority", windows=(4,), pages=7, rows=5, tokens=5, block_size=3),
     Setup(windows=(7, None, 7), pages=10, rows=5, tokens=9, block_size=1),
     Setup(windows=(None, 6), states=True, pages=9, rows=4, tokens=6),
     Setup(windows=(), states=True, rows=3, tokens=6),
     Setup(states=True, pages=12, rows=6, tokens=3),
+    Setup(gangs=GANGS, pages=20, rows=8, tokens=16, context=40),
+    Setup(gangs=GANGS, policy="priority", pages=12, rows=10, tokens=9, block_size=3, context=36),
+    Setup(gangs=GANGS, windows=(None, None), pages=30, rows=6, tokens=4, block_size=1, context=40),
+    Setup(method_states=True, pages=12, rows=6, tokens=5),
+    Setup(drafting=True, pages=9, rows=4, tokens=9),
+    Setup(drafting=True, policy="priority", pages=12, rows=6, tokens=12, block_size=3),
+    Setup(drafting=True, windows=(None, 5), pages=9, rows=4, tokens=9, block_size=1),
     Setup(causal=False, pages=30, rows=4, tokens=24),
     Setup(causal=False, policy="priority", pages=12, rows=2),
 )
@@ -56,11 +74,23 @@ SITUATIONS = (
     "aborted",
     "failed",
     "dropped",
+    "coded",
+    "compacted",
+    "compacted_hits",
     "passed",
     "embedded",
+    "seen_by_others",
+    "kept",
+    "unfit",
+    "all_wrong",
+    "all_right",
+    "beside_others",
+    "accepted",
 )
 """Each must happen often. "mixed" steps feed chunks and single tokens together; "resumed" sequences
-feed tokens again after a preemption; "late_forks" had lost the shared prompt by then.
+feed tokens again after a preemption; "late_forks" had lost the shared prompt by then. "kept" rows
+are of members of gangs that had ended before a preemption; "unfit" gangs are refused. Guesses were
+"all_wrong" or "all_right", and made "beside_others" that had none.
 """
 
 
@@ -93,27 +123,48 @@ class Walk:
     def add(self) -> None:
         rng, context = self.random, self.harness.context
         shared = rng.choice(self.texts)[: rng.randrange(context)]
+        gangs = bool(self.harness.setup.gangs)
+        if gangs:
+            shared = shared[: context // 5]
         prompt = [*shared, *self._tokens(rng.randrange(4))][: context - 1] or [1]
-        most = min(rng.choice((0, 1, 4, 10, 18)), context - len(prompt))
+        most = min(rng.choice((8, 10) if gangs else (0, 1, 4, 10, 18)), context - len(prompt))
         params = SamplingParams(
             n=rng.choice((1, 1, 2, 3, 4)),
             max_tokens=most,
             min_tokens=rng.randint(0, most) if rng.random() < 0.2 else 0,
             stop_token_ids=[rng.randrange(VOCAB)] if rng.random() < 0.2 else None,
-            ignore_eos=rng.random() < 0.7,
+            ignore_eos=rng.random() < (0.3 if gangs else 0.7),
             prompt_logprobs=0 if rng.random() < 0.25 else None,
         )
         profile = EXACT if rng.random() < 0.8 else Profile(adapter="adapter@1")
+        if self.harness.setup.method_states and rng.random() < 0.5:
+            profile = Profile(methods=(Watching(),))
         pooling: Pooling | None = None
         if not self.harness.setup.causal or rng.random() < 0.15:
             params = SamplingParams(max_tokens=0)
             pooling = rng.choice(POOLING)
         priority = rng.randint(-1, 1)
-        self.harness.add(prompt, params, priority=priority, profile=profile, pooling=pooling)
+        policy = int(rng.random() < 0.7)
+        gang = rng.choice((0, 1, 1, 2))
+        begun = self._tokens(rng.randrange(3)) if gangs else []
+        draft = Guessing(rng.choice((1, 3, 7)), rng.random() < 0.7) if rng.random() < 0.7 else None
+        self.harness.add(
+            prompt,
+            params,
+            priority=priority,
+            profile=profile,
+            policy=policy,
+            gang=gang,
+            begun=begun,
+            pooling=pooling,
+            draft=draft,
+        )
 
     def act(self) -> None:
         rng, harness = self.random, self.harness
         chance = rng.random()
+        if harness.setup.gangs and 0.3 < chance < 0.36:
+            chance = 1.0  # few end before their time: some have to live on without their siblings
         if chance < 0.3:
             self.add()
         elif chance < 0.34 and harness.records:
@@ -147,6 +198,16 @@ class Walk:
             resumed=seen.resumed,
             dropped=seen.dropped,
             passed=seen.passed,
+            coded=seen.coded,
+            compacted=seen.compacted,
+            compacted_hits=seen.compacted_hits,
+            seen_by_others=seen.seen_by_others,
+            kept=seen.kept,
+            unfit=self.harness.unfit,
+            all_wrong=seen.all_wrong,
+            all_right=seen.all_right,
+            beside_others=seen.beside_others,
+            accepted=stats.accepted_tokens,
             embedded=sum(
                 record.pooling is not None and record.reasons == ["length"]
                 for record in self.harness.records.values()

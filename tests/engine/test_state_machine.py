@@ -17,17 +17,42 @@ from hypothesis.stateful import (
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import Pooling
-from tests.engine.checking_runner import Fault
-from tests.engine.harness import VOCAB, Harness, Setup
+from headrace.engine.gangs.hogwild_inference import HogwildInference
+from headrace.kv.policies.random_eviction import RandomEviction
+from tests.engine.checking_runner import Fault, Guessing
+from tests.engine.gang_checks import SeesPrevious
+from tests.engine.harness import VOCAB, Harness, Setup, Watching
+from tests.engine.hashed_slots import HashedSlots
+from tests.engine.plain_units import PlainUnits
 
-PROFILES = (EXACT, Profile(salt="tenant"), Profile(adapter="adapter@1"))
+POLICIES = (
+    (),
+    (RandomEviction(0.3), RandomEviction(0.75, seed=1)),
+    (HashedSlots(4, 4, 2), HashedSlots(3, 2, 1)),
+    (HashedSlots(6, 4, 4), RandomEviction(0.5)),
+    (PlainUnits(3, 1), PlainUnits(2, 1)),
+)
+GANGS = (HogwildInference(), SeesPrevious())
+PROFILES = (
+    EXACT,
+    Profile(salt="tenant"),
+    Profile(adapter="adapter@1"),
+    Profile(methods=(Watching(),)),
+)
 FAULTS = ("early", "submit", "collect", "interrupt", "rows")
 
 
 def is_composable(setup: Setup) -> bool:
-    """Whether a model would be loaded so: a policy decides on all pages of a sequence."""
+    """Whether a model would be loaded so: policies and gangs need all pages of a sequence, and
+    guesses a cache from which they can be taken back.
+    """
     whole = setup.windows.count(None) == len(setup.windows) > 0 and not setup.states
-    return whole or (setup.kv == "full" and setup.causal)
+    if setup.drafting and (setup.states or not setup.causal):
+        return False
+    if setup.policies or setup.gangs:
+        coded = any(isinstance(policy, PlainUnits) for policy in setup.policies)
+        return whole and setup.causal and (len(setup.windows) == 1 or not coded)
+    return whole or setup.causal
 
 
 setups = st.builds(
@@ -36,13 +61,16 @@ setups = st.builds(
     prefix_caching=st.booleans(),
     windows=st.sampled_from(((None,), (None, None), (None, 5), (3,), (4, None, 4), ())),
     states=st.booleans(),
+    method_states=st.booleans(),
     block_size=st.sampled_from((1, 2, 3, 4)),
     pages=st.integers(3, 14),
     context=st.integers(4, 24),
     rows=st.integers(1, 5),
     tokens=st.integers(1, 12),
     waiting=st.integers(1, 6),
-    kv=st.sampled_from(("full", "random-eviction:keep=0.3", "random-eviction:keep=0.75")),
+    policies=st.sampled_from(POLICIES),
+    gangs=st.sampled_from(((), GANGS)),
+    drafting=st.booleans(),
     causal=st.sampled_from((True, True, True, False)),
 ).filter(is_composable)
 
@@ -69,9 +97,13 @@ class EngineMachine(RuleBasedStateMachine):
         scored=st.booleans(),
         priority=st.integers(-1, 1),
         profile=st.sampled_from(PROFILES),
+        policy=st.integers(0, 2),
+        gang=st.integers(0, 2),
+        begun=st.lists(st.integers(0, VOCAB - 1), max_size=2),
         seed=st.one_of(st.none(), st.integers(0, 3)),
         ends=st.lists(st.integers(1, 24), max_size=2),
         pooling=st.sampled_from((None, None, None, "last", "mean", "first")),
+        draft=st.sampled_from((None, Guessing(1), Guessing(3), Guessing(7), Guessing(3, False))),
     )
     def add(
         self,
@@ -86,9 +118,13 @@ class EngineMachine(RuleBasedStateMachine):
         scored: bool,
         priority: int,
         profile: Profile,
+        policy: int,
+        gang: int,
+        begun: list[int],
         seed: int | None,
         ends: list[int],
         pooling: Pooling | None,
+        draft: Guessing | None,
     ) -> None:
         context = self.harness.context
         prompt = (self.texts[text][: int(share * context)] + own)[: context - 1] or [1]
@@ -113,8 +149,12 @@ class EngineMachine(RuleBasedStateMachine):
             params,
             priority=priority,
             profile=profile,
+            policy=policy,
+            gang=gang,
+            begun=begun,
             boundaries=boundaries,
             pooling=pooling,
+            draft=draft,
         )
 
     @rule(count=st.sampled_from((1, 1, 1, 2, 5)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from headrace.contracts.cache import CacheGroup, CacheLayout, layout_of
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import PageTables, PlanRow, RowResult, SampleState, StepPlan
+from headrace.exec.forward import Forward
 from headrace.exec.runner import LocalRunner
 from headrace.exec.sampling.sampler import Drawn, Sampler
 from headrace.kv.arena import KVArena
@@ -52,7 +53,7 @@ class Bench:
     sampler: RecordingSampler = field(default_factory=RecordingSampler)
 
     def __post_init__(self) -> None:
-        self.runner = LocalRunner(self.model, self.arena, self.ops, self.sampler)
+        self.runner = LocalRunner(Forward(self.model, self.arena, self.ops), self.sampler)
         self._deck = np.random.default_rng(1).permutation(PAGES).tolist()
 
     def deal(self, row: int, slots: int) -> list[int]:

@@ -1,14 +1,11 @@
-"""Random eviction, and how policies are named."""
+"""Random eviction."""
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.contracts.kv_policy import SealedPages
-from headrace.errors import ConfigurationError
-from headrace.kv.policies import make_kv_policy
 from headrace.kv.policies.random_eviction import RandomEviction
 
 
@@ -34,25 +31,3 @@ def test_the_share_is_kept_and_the_seed_matters() -> None:
     assert len(first) == len(second) == 300
     assert first != second
     assert RandomEviction(1.0).drop([pages, pages]) == [[], []]
-
-
-def test_names_and_options() -> None:
-    assert make_kv_policy("full") is None
-    assert make_kv_policy("random-eviction") == RandomEviction()
-    assert make_kv_policy("random-eviction:keep=0.5,seed=3") == RandomEviction(0.5, 3)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("nothing", "kv: 'nothing' is unknown; known: full, random-eviction"),
-        ("random-eviction:share=1", "has no option 'share'; it has keep, seed"),
-        ("random-eviction:keep=half", "keep must be of type float, got 'half'"),
-        ("random-eviction:keep=0", "keep must be above 0 and at most 1, got 0.0"),
-        ("random-eviction:keep=nan", "keep must be above 0 and at most 1, got nan"),
-        ("full:keep=1", "'full' has no options"),
-    ],
-)
-def test_mistakes(text: str, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message.replace("(", r"\(")):
-        make_kv_policy(text)

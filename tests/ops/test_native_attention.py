@@ -13,6 +13,8 @@ from torch import Tensor
 from headrace.contracts.cache import attention_layout
 from headrace.kv.arena import KVArena
 from headrace.ops import extension
+from headrace.ops.attention import PagedAttention, flash_kernel
+from headrace.ops.chosen_attention import ChosenAttention
 from headrace.ops.native_attention import NativeAttention
 from headrace.ops.paged import AttentionSpec, LayerCache, PagedPlane, StepShape
 from headrace.ops.reference import ReferenceAttention
@@ -55,6 +57,20 @@ def assert_right(found: Outcome, case: AttentionCase) -> None:
 def test_agrees(case: AttentionCase, isa: str) -> None:
     """What follows a context in its last page is NaN, and is not read."""
     assert_right(case.run(maker(isa), blank=False, sums=True), case)
+
+
+def test_the_past_is_read_by_another_version() -> None:
+    """It writes whatever it is given; the next version reads what it wrote."""
+
+    def choose(device: str, dtype: torch.dtype) -> ChosenAttention:
+        dense = PagedAttention(flash_kernel, device, dtype)
+        return ChosenAttention([maker(ISAS[-1])(device, dtype), dense])
+
+    case = next(part for case in NATIVE_CASES if (part := case.behind_a_past) is not None)
+    with pytest.raises(ValueError, match="always writes"):
+        case.read_past(maker(ISAS[-1]))
+    wanted = case.read_past(lambda device, dtype: ReferenceAttention(device))
+    case.read_past(choose).assert_close(wanted, TOLERANCES[HALF], 2e-4)
 
 
 @pytest.mark.parametrize("threads", [1, 3, 7])

@@ -13,6 +13,7 @@ from headrace.cli.bench import bench
 from headrace.cli.compare import compare
 from headrace.cli.doctor import doctor
 from headrace.cli.evaluate import evaluate
+from headrace.cli.methods import methods
 from headrace.cli.quantize import quantize
 from headrace.cli.run import run
 from headrace.cli.serve import serve
@@ -58,4 +59,5 @@ app.add_typer(bench, name="bench")
 app.command()(quantize)
 app.command("eval")(evaluate)
 app.command()(compare)
+app.command()(methods)
 app.command()(doctor)

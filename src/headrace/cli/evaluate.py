@@ -18,7 +18,7 @@ from headrace.errors import ConfigurationError
 if TYPE_CHECKING:
     from headrace.evaluation.evaluation import Subject
 
-LOSSY = ("weights", "head_weights", "kv", "kv_cache_dtype")
+LOSSY = ("weights", "head_weights", "kv", "kv_cache_dtype", "methods")
 """Options that change what is computed; without them a configuration is its own reference."""
 
 SuiteName = typer.Option("--suite", help="quick: minutes; full: half an hour.")
@@ -55,7 +55,7 @@ def evaluate(
 ) -> None:
     """Measure MODEL: loss on held-out text, divergence from a reference, and tasks.
 
-    Example: headrace eval path/to/model --kv random-eviction:keep=0.25
+    Example: headrace eval path/to/model --kv-cache-dtype int8
     """
     if check is not None:
         check_page(check)

@@ -11,8 +11,8 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from types import NoneType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -119,7 +119,8 @@ def option_set(
 
 def _option_type(hint: Any) -> Any:
     """What the parser reads for a field: one value, or a list for a sequence; always optional."""
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType] or [hint]
+    several = get_origin(hint) in (Union, UnionType)
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType] if several else [hint]
     for kind in kinds:
         if get_origin(kind) is not None:
             return list[get_args(kind)[0]] | None  # type: ignore[misc]
@@ -160,6 +161,7 @@ _ENGINE_FLAGS = {
     "kv_cache_memory_bytes": "--kv-cache-memory",
     "enable_prefix_caching": "--prefix-caching/--no-prefix-caching",
     "num_threads": "--threads",
+    "methods": "--method",
 }
 ENGINE = option_set(EngineConfig, "Engine", flags=_ENGINE_FLAGS)
 ENGINE_OF_MODEL = option_set(EngineConfig, "Engine", flags=_ENGINE_FLAGS, argument="model")

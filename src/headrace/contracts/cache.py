@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 Scope = Literal["slot", "page", "run", "sequence"]
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+ITEM_BYTES = {
+    "float32": 4,
+    "int32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+}
 
 ALIGNMENT = 64
 """Bytes: a page, and in it the part of every plane, begins at a multiple of this."""
@@ -86,11 +94,14 @@ class CacheLayout:
         groups: of layers with planes of scope "slot"; all have pages of the same size, that of
             the largest.
         states: (layer, plane) of scope "sequence": one entry for each sequence, outside the pages.
+        method_states: the same, of methods. Only requests that have them use them, and what others
+            share of their prefixes does not depend on them.
     """
 
     block_size: int
     groups: tuple[CacheGroup, ...]
     states: tuple[tuple[int, PlaneSpec], ...] = ()
+    method_states: tuple[tuple[int, PlaneSpec], ...] = ()
     page_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,9 +114,34 @@ class CacheLayout:
         return self.page_bytes * len(self.groups) / self.block_size
 
     @property
+    def all_states(self) -> tuple[tuple[int, PlaneSpec], ...]:
+        """Those of the model and of methods."""
+        return self.states + self.method_states
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of one sequence's states."""
-        return sum(plane.slot_bytes for _, plane in self.states)
+        return sum(plane.slot_bytes for _, plane in self.all_states)
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes of a page that are a layer's; 0 for one that has none."""
+        return sum(
+            plane.page_bytes(self.block_size)
+            for group in self.groups
+            for each, planes in zip(group.layers, group.planes, strict=True)
+            if each == layer
+            for plane in planes
+        )
+
+    def without(self, layers: Collection[int]) -> CacheLayout:
+        """The same groups, some empty perhaps, without the pages' planes of these layers."""
+        groups = []
+        for group in self.groups:
+            kept = [index for index, layer in enumerate(group.layers) if layer not in layers]
+            planes = tuple(group.planes[index] for index in kept)
+            left = tuple(group.layers[index] for index in kept)
+            groups.append(CacheGroup(left, planes, group.window))
+        return CacheLayout(self.block_size, tuple(groups), self.states)
 
     @property
     def window(self) -> int | None:

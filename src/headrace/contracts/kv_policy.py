@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from headrace.contracts.method import Method, ModelFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +23,29 @@ class SealedPages:
     sealed: int
 
 
-class KVPolicy(ABC):
+class KVPolicy(Method):
     """Decides at sealing which pages a sequence keeps.
 
-    It has no state: what it decides follows from its options and the view, so that a sequence that
-    was preempted and computed again, or forked, goes on the same way.
+    What it decides follows from its options and the view, so that a sequence that was preempted
+    and computed again, or forked, goes on the same way.
     """
+
+    __slots__ = ()
+
+    def check(self, model: ModelFacts) -> None:
+        """It needs a model that generates, whose layers keep all of their KV."""
+        if not model.causal:
+            raise ValueError("needs a model that generates; this one reads texts as a whole")
+        if any(layer.window is not None for layer in model.layers):
+            raise ValueError("needs layers that keep all of their KV; some here have a window")
+        if any(layer.of_scope("sequence") for layer in model.layers):
+            raise ValueError(
+                "needs layers that keep all of their KV; some here have a recurrent state"
+            )
+
+    def shared_tokens(self, prompt_tokens: int) -> int | None:
+        """None: what was computed without a part of its past depends on when that was dropped."""
+        return 0
 
     @abstractmethod
     def drop(self, views: Sequence[SealedPages]) -> list[list[int]]:

@@ -23,6 +23,23 @@ class StoredPart:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedNames:
+    """The weights of a gated feed-forward, by the names that a model asks for.
+
+    Args:
+        gate_up: linear weights that, stacked, are gate and up, ``[2 * neurons, hidden]``.
+        down: one of ``[hidden, neurons]``.
+        bias: whether each of them has one.
+    """
+
+    gate_up: tuple[str, ...]
+    down: str
+    hidden: int
+    neurons: int
+    bias: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """Names that match ``pattern`` are stored as ``stored``, in which groups may be used.
 

@@ -54,7 +54,10 @@ class SequenceUpdate:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times in seconds on the engine's clock; ``None`` where it has not happened."""
+    """Times in seconds on the engine's clock; ``None`` where it has not happened.
+
+    Of ``num_draft_tokens`` that were guessed, ``num_accepted_tokens`` were right.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
@@ -62,6 +65,8 @@ class RequestMetrics:
     finished_time: float | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -21,6 +21,8 @@ class EngineStats:
         prompt_tokens, generation_tokens: tokens of accepted prompts, and tokens sampled.
         steps: steps executed.
         aborted, failed: requests that ended so.
+        drafts: times that tokens were guessed for a sequence.
+        draft_tokens, accepted_tokens: tokens guessed, and of these the right ones.
     """
 
     waiting: int = 0
@@ -37,3 +39,6 @@ class EngineStats:
     steps: int = 0
     aborted: int = 0
     failed: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0

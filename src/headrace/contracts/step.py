@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NewType
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contracts.kv_codec import CodedUnit, KVCodec
+from headrace.contracts.method import Method
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.sampling import SamplingParams
+from headrace.contracts.slot_policy import SlotPolicy
 
 Ticket = NewType("Ticket", int)
 
@@ -47,6 +50,62 @@ class SampleState:
         below = len(self.output_token_ids) < self.params.min_tokens
         return self.end_token_ids if below else ()
 
+    def after(self, tokens: Sequence[int]) -> SampleState:
+        """As it would be if these tokens had been generated too."""
+        return replace(self, output_token_ids=[*self.output_token_ids, *tokens])
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a row's context that the step only reads: what was cached before it.
+
+    Its keys are not touched: queries are turned to positions at which the distances are those of
+    the order in which the reader sees its segments.
+
+    Args:
+        table_row: of its owner in the page tables. What several read is best named alike by all,
+            and is then read once.
+        begin: its first slot there, a multiple of the block size.
+        length: slots, as many as are read.
+        shift: what is added to the position of an input when it reads them.
+    """
+
+    table_row: int
+    begin: int
+    length: int
+    shift: int
+
+
+@dataclass(slots=True)
+class Compaction:
+    """What becomes of a row's slots when its inputs have been fed.
+
+    Args:
+        policy: decides which stay.
+        slots: how many stay in every layer and head, in their order.
+        pages: where they go, int32 ``[groups, pages]``; nobody else holds these.
+    """
+
+    policy: SlotPolicy
+    slots: int
+    pages: npt.NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class CodedContext:
+    """The units before a row's own slots, and the one that its slots become.
+
+    Args:
+        pages: of the units in order, int32 ``[units, unit.pages]``.
+        fills: int32 ``[unit.pages]``: where the row's slots are coded when the step ends, since
+            they are a unit then; nobody else holds these. ``None``: they are not.
+    """
+
+    codec: KVCodec
+    unit: CodedUnit
+    pages: npt.NDArray[np.int32]
+    fills: npt.NDArray[np.int32] | None
+
 
 @dataclass(slots=True)
 class PlanRow:
@@ -64,6 +123,18 @@ class PlanRow:
         score_top: alternatives to report for each scored token.
         pooling: what is wanted of the hidden states of the inputs.
         adapter: key of the adapter that the inputs go through; "": none.
+        methods: of the request, as it chose them.
+        first: nothing has been fed since the sequence got its table row.
+        observer: watches the attention of the inputs, if any does.
+        compaction: what becomes of the slots after the step.
+        coded: what is before the slots, if it is coded.
+        num_quiet: so many of the inputs come before the first one that a token is drawn from.
+        begin: the slot at which the row's own context begins, a multiple of the block size. What
+            lies before it is not read but through segments.
+        segments: what the inputs see beside the row's own context.
+        num_prompt: so many of the inputs are of the prompt, the others were generated.
+        draft_room: so many slots behind those of the inputs are there for tokens that one of the
+            methods may guess; the row then has one sample.
     """
 
     sequence: int
@@ -76,6 +147,21 @@ class PlanRow:
     score_top: int = 0
     pooling: Pooling | None = None
     adapter: str = ""
+    methods: tuple[Method, ...] = ()
+    num_quiet: int = 0
+    first: bool = False
+    observer: SlotPolicy | None = None
+    compaction: Compaction | None = None
+    coded: CodedContext | None = None
+    begin: int = 0
+    segments: Sequence[Segment] = ()
+    num_prompt: int = 0
+    draft_room: int = 0
+
+    @property
+    def ends_prompt(self) -> bool:
+        """Whether the prompt's last token is among the inputs: the first that is drawn from."""
+        return self.num_prompt > self.num_quiet
 
 
 @dataclass(slots=True)
@@ -88,8 +174,8 @@ class StepPlan:
         blank: pages to zero: they will be partly filled, and stale bytes (another request's
             NaN) must not leak into padded reads.
         state_copies: (source, target) table rows, for sequences that parted: what a model keeps
-            for a whole sequence is copied, in this order. A row that begins at slot 0 begins with
-            a state of zeros.
+            for a whole sequence is copied, in this order. A row that begins at position 0 begins
+            with a state of zeros.
     """
 
     rows: list[PlanRow] = field(default_factory=list)
@@ -107,6 +193,9 @@ class StepPlan:
 class RowResult:
     """What one plan row produced. ``tokens[i]`` answers ``samples[i]``.
 
+    Where tokens were ``drafted``, so many, there is one sample, and ``tokens`` follow each other:
+    all but the last were guessed right, and are in the slots behind those of the inputs.
+
     ``pooled`` ``[hidden]`` is the hidden state of the last or first input, or, for the mean, the
     sum over all. ``error`` says that this row alone failed; the rest is then meaningless.
     """
@@ -116,6 +205,7 @@ class RowResult:
     scores: Sequence[TokenLogprobs] = ()
     pooled: npt.NDArray[np.float32] | None = None
     error: str | None = None
+    drafted: int = 0
 
 
 @dataclass(slots=True)

@@ -9,9 +9,10 @@ import numpy as np
 from headrace.contracts.cache import CacheLayout
 from headrace.contracts.kv_policy import KVPolicy, SealedPages
 from headrace.contracts.step import PageTables, StepPlan
+from headrace.engine.gang import Gang
 from headrace.engine.page_pool import PagePool
 from headrace.engine.prefix_tree import PrefixTree, SealedRun
-from headrace.engine.sequence import Sequence
+from headrace.engine.sequence import Request, Sequence
 
 
 class CacheAccounting:
@@ -24,8 +25,6 @@ class CacheAccounting:
         max_slots: slots of one sequence at most.
         share_prefixes: keep sealed runs in the prefix tree. The layout must have no states: they
             are known only at a sequence's end.
-        policy: decides which sealed runs a sequence keeps; all if ``None``. What was computed
-            without a part of its past is never shared. The layout must have no windows.
         chunk: inputs of one step at most, which may be sealed before pages are freed.
     """
 
@@ -36,15 +35,13 @@ class CacheAccounting:
         num_rows: int,
         max_slots: int,
         share_prefixes: bool,
-        policy: KVPolicy | None = None,
         chunk: int = 0,
     ) -> None:
         self.layout = layout
         self.pool = PagePool(num_pages)
         windowed = [group.window is not None for group in layout.groups]
         self.tree = PrefixTree(layout.block_size, windowed)
-        self._share = share_prefixes and policy is None
-        self._policy = policy
+        self._share = share_prefixes
         self._chunk = chunk
         self._columns_in_window = layout.columns_in_window(chunk)
         self._windowed = np.flatnonzero(windowed)
@@ -75,10 +72,20 @@ class CacheAccounting:
         At least one token stays pending, since logits need an input; a request that wants the
         log-probabilities of its prompt has to compute it.
         """
-        if not self._share or sequence.request.needs_all_inputs:
+        request = sequence.request
+        if not self._share or request.needs_all_inputs:
             return []
-        limit = (len(sequence.token_ids) - 1) // self.layout.block_size
-        runs = self.tree.match(sequence.request.profile, sequence.token_ids, limit)
+        known = len(sequence.token_ids if request.gang is None else request.prompt_token_ids)
+        known = min(known - 1, request.num_shareable)
+        limit = known // self.layout.block_size
+        if request.schedule is not None:
+            return self.tree.match_compacted(
+                request.cache_profile, sequence.token_ids, known, request.schedule
+            )
+        if request.unit is not None:
+            slots = request.unit.slots
+            return self.tree.match_units(request.cache_profile, sequence.token_ids, known, slots)
+        runs = self.tree.match(request.cache_profile, sequence.token_ids, limit)
         return runs if self.layout.window is None else runs[: self._readable(runs)]
 
     def _readable(self, runs: list[SealedRun]) -> int:
@@ -97,9 +104,19 @@ class CacheAccounting:
 
     def pages_to_admit(self, sequence: Sequence, runs: list[SealedRun]) -> int:
         """Pages that must be available to adopt ``runs`` and hold all known tokens."""
-        new = self.layout.pages_for(len(sequence.token_ids)) - len(runs)
-        if self._policy is not None:
-            most = self._policy.most_pages(new) + self.layout.pages_for(self._chunk) + 1
+        most = self.pages_at_once(sequence.request, len(sequence.token_ids))
+        if most is not None:
+            idle = sum(len(run.pages) for run in runs if run.users == 0)
+            held = sum(len(run.pages) for run in runs)
+            return most - held + idle
+        gang = sequence.request.gang
+        if gang is None:
+            new = self.layout.pages_for(len(sequence.token_ids)) - len(runs)
+        else:
+            new = gang.num_columns(self.layout) - len(runs)
+        policy = sequence.request.kv_policy
+        if policy is not None:
+            most = policy.most_pages(new) + self.layout.pages_for(self._chunk) + 1
             new = min(new, most)
         windows = len(self._windowed)
         lasting = new + sum(run.users == 0 for run in runs)
@@ -110,15 +127,40 @@ class CacheAccounting:
             needed += min(passing, self._columns_in_window) * windows
         return needed
 
+    def pages_at_once(self, request: Request, tokens: int) -> int | None:
+        """Pages that a sequence of so many tokens has at most at once, where slots are reduced or
+        coded; ``None``: where they are not.
+        """
+        if request.schedule is not None:
+            slots = request.schedule.most_slots(tokens)
+            return self.layout.pages_for(slots) * self._num_groups
+        if request.unit is not None:
+            own = self.layout.pages_for(min(tokens, request.unit.slots))
+            return tokens // request.unit.slots * request.unit.pages + own
+        return None
+
     def admit(self, sequence: Sequence, runs: list[SealedRun]) -> None:
         """Give a waiting sequence a table row and the runs that ``match`` found."""
-        sequence.table_row = self._free_rows.pop()
+        self.take_row(sequence)
         sequence.tail = []
+        if runs and sequence.request.unit is not None:
+            self._hold_units(sequence, runs)
+            sequence.num_fed = sequence.next_position = sequence.num_adopted = runs[-1].tokens
+            return
+        if runs and runs[-1].tokens:
+            self._hold_compacted(sequence, runs[-1])
+            sequence.num_fed = sequence.next_position = sequence.num_adopted = runs[-1].tokens
+            return
         slots = len(runs) * self.layout.block_size
         sequence.num_passed = self._first_in_window(slots)
         for index, run in enumerate(runs):
             self._append_run(sequence, run, index >= sequence.num_passed)
         sequence.num_fed = sequence.num_slots = sequence.next_position = slots
+        sequence.num_adopted = slots
+
+    def take_row(self, sequence: Sequence) -> None:
+        """Give a sequence that has no pages yet a table row."""
+        sequence.table_row = self._free_rows.pop()
 
     def _append_run(self, sequence: Sequence, run: SealedRun, in_window: bool = True) -> None:
         self.tree.hold(run)
@@ -131,6 +173,46 @@ class CacheAccounting:
         sequence.ordinals.append(sequence.num_sealed)
         sequence.num_sealed += 1
 
+    def _hold_compacted(self, sequence: Sequence, run: SealedRun) -> None:
+        """Let a run be all that the sequence has."""
+        self.tree.hold(run)
+        sequence.compacted = run
+        columns = self._columns_of(run)
+        sequence.num_slots = len(columns) * self.layout.block_size
+        self.tables[:, sequence.table_row, : len(columns)] = np.transpose(columns)
+
+    def _hold_units(self, sequence: Sequence, units: Iterable[SealedRun]) -> None:
+        """Let a sequence begin with units, behind which it has no slots yet."""
+        for unit in units:
+            self.tree.hold(unit)
+            sequence.units.append(unit)
+
+    def _columns_of(self, run: SealedRun | None) -> list[list[int]]:
+        """The pages of a compacted run, one for each group at a time."""
+        if run is None:
+            return []
+        groups = self._num_groups
+        return [list(run.pages[i : i + groups]) for i in range(0, len(run.pages), groups)]
+
+    def _held_columns(self, sequence: Sequence) -> list[list[int]]:
+        """All pages of a sequence in the order of its slots, one for each group at a time."""
+        runs = [list(run.pages) for run in sequence.runs]
+        return [*self._columns_of(sequence.compacted), *runs, *sequence.tail]
+
+    def _num_columns(self, sequence: Sequence) -> int:
+        compacted = sequence.compacted
+        count = 0 if compacted is None else len(compacted.pages) // self._num_groups
+        return count + len(sequence.runs) + len(sequence.tail)
+
+    def _columns_to_fill(self, sequence: Sequence, count: int) -> int:
+        """Columns that are filled if the step ends with a compaction or a coded unit."""
+        schedule, unit = sequence.request.schedule, sequence.request.unit
+        if unit is not None:
+            return unit.pages if sequence.num_slots + count == unit.slots else 0
+        if schedule is None or not schedule.is_due(sequence.num_fed + count):
+            return 0
+        return self.layout.pages_for(schedule.budget)
+
     def reserve(self, sequence: Sequence, count: int, plan: StepPlan) -> int:
         """Make up to ``count`` slots after the sequence's last writable; return how many.
 
@@ -139,15 +221,18 @@ class CacheAccounting:
         size, groups = self.layout.block_size, self._num_groups
         if groups == 0:
             return count
-        owned = len(sequence.runs) + len(sequence.tail)
+        owned = self._num_columns(sequence)
         room = owned * size - sequence.num_slots
         shared = room > 0 and any(self.pool.references[page] > 1 for page in sequence.tail[-1])
-        if room >= count and not shared:
+        filled = self._columns_to_fill(sequence, count)
+        if room >= count and not shared and not filled:
             return count
         affordable = self.num_available // groups - shared
-        if affordable < 0:
+        if filled and room + (affordable - filled) * size < count:
+            count, filled = count - 1, 0
+        if affordable < filled:
             return 0
-        count = min(count, room + affordable * size)
+        count = min(count, room + (affordable - filled) * size)
         if count == 0:
             return 0
         if shared:
@@ -159,7 +244,25 @@ class CacheAccounting:
             self.tables[:, sequence.table_row, owned : owned + new] = np.transpose(columns)
             if (sequence.num_slots + count) % size != 0:
                 plan.blank += columns[-1]
+        sequence.spare = self._take_columns(filled)
         return count
+
+    def reserve_draft(self, sequence: Sequence, count: int, plan: StepPlan) -> int:
+        """Make up to ``count`` slots more, behind one that is reserved; return how many.
+
+        They may come to nothing: all new pages are blanked, and ``trim`` takes back what is left.
+        """
+        columns, blanks = len(sequence.tail), len(plan.blank)
+        made = self.reserve(sequence, 1 + count, plan) - 1
+        plan.blank[blanks:] = [page for column in sequence.tail[columns:] for page in column]
+        return made
+
+    def trim(self, sequence: Sequence) -> None:
+        """Take back pages behind the sequence's last slot."""
+        kept = self.layout.pages_for(sequence.num_slots) - len(sequence.runs)
+        for column in sequence.tail[kept:]:
+            self._release_pages(column)
+        del sequence.tail[kept:]
 
     def _take_columns(self, count: int) -> list[list[int]]:
         """``count`` times a page for each group, evicting what is idle as far as needed."""
@@ -175,7 +278,7 @@ class CacheAccounting:
 
     def _copy_on_write(self, sequence: Sequence, plan: StepPlan) -> None:
         """Replace the last, partly filled column by a copy that the sequence alone holds."""
-        last = len(sequence.runs) + len(sequence.tail) - 1
+        last = self._num_columns(sequence) - 1
         (column,) = self._take_columns(1)
         plan.copies += zip(sequence.tail[-1], column, strict=True)
         self._release_pages(sequence.tail[-1])
@@ -189,20 +292,69 @@ class CacheAccounting:
         are free.
         """
         size = self.layout.block_size
+        if sequence.request.unit is not None:
+            self._code(sequence)
+            return
+        if sequence.compacted is not None:
+            self._compact(sequence)
+            return
         while (len(sequence.runs) + 1) * size <= sequence.num_slots:
             pages = tuple(sequence.tail.pop(0)) if self._num_groups else ()
             start = sequence.num_sealed * size
             key = tuple(sequence.token_ids[start : start + size])
-            if self._share:
-                parent = (
-                    sequence.runs[-1] if sequence.runs else self.tree.root(sequence.request.profile)
-                )
+            request, runs = sequence.request, sequence.runs
+            if self._share and start + size <= request.num_shareable:
+                parent = runs[-1] if runs else self.tree.root(request.cache_profile)
                 run, spare = self.tree.insert(parent, key, pages)
             else:
                 run, spare = self.tree.new_run(pages, key), []
             self._append_run(sequence, run)
             self._release_pages(spare)
         self._pass(sequence)
+        self._compact(sequence)
+
+    def _compact(self, sequence: Sequence) -> None:
+        """If the step ended with a compaction, hold what it left, and nothing else."""
+        if not sequence.spare:
+            return
+        request, fed = sequence.request, sequence.num_fed
+        pages = tuple(page for column in sequence.spare for page in column)
+        parent, key = sequence.compacted, tuple[int, ...]()
+        if parent is None:
+            parent = sequence.runs[-1]
+        else:
+            key = tuple(sequence.token_ids[parent.tokens : fed])
+        if self._share and fed <= request.num_shareable:
+            run, unused = self.tree.insert(parent, key, pages, fed)
+        else:
+            run, unused = self.tree.new_run(pages, key, fed), []
+        before = sequence.compacted
+        self._hold_compacted(sequence, run)
+        self._release_pages(unused)
+        for column in sequence.tail:
+            self._release_pages(column)
+        for old in [*reversed(sequence.runs), *([before] if before else [])]:
+            self._release_pages(self.tree.drop_window(old))
+            self._release_pages(self.tree.drop(old))
+        sequence.runs, sequence.ordinals, sequence.tail, sequence.spare = [], [], [], []
+
+    def _code(self, sequence: Sequence) -> None:
+        """If the step ended with a coded unit, hold it in place of the slots."""
+        if not sequence.spare:
+            return
+        request, end = sequence.request, sequence.num_fed
+        pages = tuple(page for column in sequence.spare for page in column)
+        key = tuple(sequence.token_ids[end - sequence.num_slots : end])
+        if self._share and end <= request.num_shareable:
+            parent = sequence.units[-1] if sequence.units else self.tree.root(request.cache_profile)
+            run, unused = self.tree.insert(parent, key, pages, end)
+        else:
+            run, unused = self.tree.new_run(pages, key, end), []
+        self._hold_units(sequence, [run])
+        self._release_pages(unused)
+        for column in sequence.tail:
+            self._release_pages(column)
+        sequence.tail, sequence.spare, sequence.num_slots = [], [], 0
 
     def _pass(self, sequence: Sequence) -> None:
         """Let go of pages that the sequence has behind its window."""
@@ -215,13 +367,16 @@ class CacheAccounting:
         sequence.num_passed = max(sequence.num_passed, first)
 
     def shrink(self, sequences: list[Sequence]) -> None:
-        """Let the policy free sealed pages of sequences that have sealed some."""
-        if self._policy is None:
-            return
-        views = [SealedPages(s.ordinals, s.num_sealed) for s in sequences]
-        for sequence, dropped in zip(sequences, self._policy.drop(views), strict=True):
-            if dropped:
-                self._drop(sequence, set(dropped))
+        """Let policies free sealed pages of sequences that have sealed some."""
+        by_policy: dict[KVPolicy, list[Sequence]] = {}
+        for sequence in sequences:
+            if sequence.request.kv_policy is not None:
+                by_policy.setdefault(sequence.request.kv_policy, []).append(sequence)
+        for policy, theirs in by_policy.items():
+            views = [SealedPages(s.ordinals, s.num_sealed) for s in theirs]
+            for sequence, dropped in zip(theirs, policy.drop(views), strict=True):
+                if dropped:
+                    self._drop(sequence, set(dropped))
 
     def _drop(self, sequence: Sequence, ordinals: set[int]) -> None:
         """Free the runs with these ordinals; what follows moves up in the tables."""
@@ -240,7 +395,28 @@ class CacheAccounting:
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let ``child`` share every page of ``parent``; writers copy the last one later."""
-        child.table_row = self._free_rows.pop()
+        self.take_row(child)
+        self._adopt(parent, child)
+
+    def part(self, gang: Gang) -> None:
+        """Let all members share the leader's pages, and begin blocks of their own behind them.
+
+        They begin new pages, so that what others see of them begins one.
+        """
+        leader = gang.leader
+        for member in gang.members[1:]:
+            self._adopt(leader, member)
+        begin = self.layout.pages_for(leader.num_slots) * self.layout.block_size
+        for member in gang.members:
+            member.begin = member.num_slots = begin
+
+    def has_slots(self, sequences: Iterable[Sequence]) -> bool:
+        """Whether ``reserve`` would make one slot writable for each of a gang."""
+        size = self.layout.block_size
+        full = sum(s.num_slots == size * (len(s.runs) + len(s.tail)) for s in sequences)
+        return full * self._num_groups <= self.num_available
+
+    def _adopt(self, parent: Sequence, child: Sequence) -> None:
         self.tables[:, child.table_row] = self.tables[:, parent.table_row]
         for index, run in enumerate(parent.runs):
             self.tree.hold(run)
@@ -249,13 +425,17 @@ class CacheAccounting:
         for column in parent.tail:
             for page in column:
                 self.pool.retain(page)
-        if self.layout.states:
+        if parent.compacted is not None:
+            self.tree.hold(parent.compacted)
+            child.compacted = parent.compacted
+        self._hold_units(child, parent.units)
+        if self.layout.all_states or parent.request.slot_policy is not None:
             self._state_copies.append((parent.table_row, child.table_row))
         child.runs = list(parent.runs)
         child.ordinals = list(parent.ordinals)
         child.num_sealed, child.num_passed = parent.num_sealed, parent.num_passed
         child.tail = [list(column) for column in parent.tail]
-        child.num_fed = parent.num_fed
+        child.num_fed, child.num_adopted = parent.num_fed, -1
         child.num_slots = parent.num_slots
         child.next_position = parent.next_position
 
@@ -273,8 +453,12 @@ class CacheAccounting:
 
     def release(self, sequence: Sequence) -> None:
         """Take back everything the sequence holds; its sealed runs stay in the tree, idle."""
-        for column in sequence.tail:
+        for column in [*sequence.tail, *sequence.spare]:
             self._release_pages(column)
+        if sequence.compacted is not None:
+            self._release_pages(self.tree.drop(sequence.compacted))
+        for unit in reversed(sequence.units):
+            self._release_pages(self.tree.drop(unit))
         for index in range(len(sequence.runs) - 1, -1, -1):
             run = sequence.runs[index]
             if index >= sequence.num_passed:
@@ -298,7 +482,9 @@ class CacheAccounting:
                 users[run] = users.get(run, 0) + 1
                 if self.layout.window is not None and index >= sequence.num_passed:
                     window_users[run] = window_users.get(run, 0) + 1
-            for column in sequence.tail:
+            for run in [*sequence.units, *([sequence.compacted] if sequence.compacted else [])]:
+                users[run] = users.get(run, 0) + 1
+            for column in [*sequence.tail, *sequence.spare]:
                 for page in column:
                     expected[page] += 1
         for run in {*users, *self.tree.runs()}:
@@ -316,7 +502,7 @@ class CacheAccounting:
         name = f"sequence {sequence.number}"
         if len(sequence.ordinals) != len(sequence.runs):
             raise AssertionError(f"{name}: its runs are not numbered")
-        held = [*(list(run.pages) for run in sequence.runs), *sequence.tail]
+        held = self._held_columns(sequence)
         for column in held[: sequence.num_passed]:
             for group in self._windowed.tolist():
                 column[group] = 0

@@ -7,7 +7,6 @@ from bisect import bisect_right
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheLayout
 from headrace.contracts.clock import Clock
-from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.scheduling import StepBudget
 from headrace.contracts.step import Runner
 from headrace.contracts.text import TextStreamFactory
@@ -78,7 +77,6 @@ def compose_engine(
     runner: Runner,
     clock: Clock,
     text: TextStreamFactory | None = None,
-    kv_policy: KVPolicy | None = None,
     causal: bool = True,
 ) -> Engine:
     """Wire policy, accounting, scheduler, runner and clock into an engine.
@@ -93,7 +91,6 @@ def compose_engine(
         config.max_num_seqs,
         limits.max_model_len,
         shares_prefixes(config, layout, causal),
-        kv_policy,
         max_num_batched_tokens,
     )
     scheduler = Scheduler(

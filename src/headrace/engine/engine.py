@@ -8,12 +8,24 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
 from headrace.contracts.clock import Clock
+from headrace.contracts.gang import GangMethod, gang_method
+from headrace.contracts.kv_codec import CodedUnit, KVCodec, coded_unit
+from headrace.contracts.method import of_kind
 from headrace.contracts.outputs import FinishReason, SequenceUpdate, TokenLogprobs
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.stats import EngineStats
-from headrace.contracts.step import Pooling, RowResult, Runner, SampleState, StepPlan, StepResult
+from headrace.contracts.step import (
+    PlanRow,
+    Pooling,
+    RowResult,
+    Runner,
+    SampleState,
+    StepPlan,
+    StepResult,
+)
 from headrace.contracts.text import TextStreamFactory
+from headrace.engine.gang import Gang, most_gang_tokens
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import Request, Sequence, Status
 from headrace.errors import InvalidRequestError, OverloadedError
@@ -21,6 +33,7 @@ from headrace.errors import InvalidRequestError, OverloadedError
 _log = logging.getLogger(__name__)
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
+_NOTHING = RowResult()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +89,17 @@ class Engine:
         self._ready: list[SequenceUpdate] = []
         self._stats = EngineStats(pages_total=scheduler.accounting.pool.num_pages)
         self._counts = dict.fromkeys(
-            ("prompt_tokens", "generation_tokens", "steps", "aborted", "failed"), 0
+            (
+                "prompt_tokens",
+                "generation_tokens",
+                "steps",
+                "aborted",
+                "failed",
+                "drafts",
+                "draft_tokens",
+                "accepted_tokens",
+            ),
+            0,
         )
 
     # -- requests ---------------------------------------------------------------------------
@@ -86,12 +109,15 @@ class Engine:
         prompt_token_ids: SequenceOf[int],
         params: SamplingParams,
         pooling: Pooling | None = None,
+        profile: Profile = EXACT,
+        beginnings: SequenceOf[SequenceOf[int]] = (),
     ) -> int:
-        """The number of tokens the request may generate.
+        """The number of tokens each sequence of the request may generate.
 
         Raises:
             InvalidRequestError: the prompt is empty or too long, ``max_tokens`` does not fit
-                behind it, a token id is beyond the vocabulary, or the model does not generate.
+                behind it, a token id is beyond the vocabulary, the model does not generate, or
+                the sequences are a gang for which there will never be room.
         """
         if pooling is None and not self.limits.generates:
             raise InvalidRequestError(
@@ -114,6 +140,8 @@ class Engine:
             raise InvalidRequestError(
                 "prompt", f"has {length} tokens; the context holds {context}, output included"
             )
+        if gang_method(profile.methods, params.n) is not None and params.max_tokens != 0:
+            return self._check_gang(length, params, beginnings)
         if params.max_tokens is None:
             return room
         if params.max_tokens > room:
@@ -123,6 +151,34 @@ class Engine:
                 f"prompt takes {length}; ask for at most {room}",
             )
         return params.max_tokens
+
+    def _check_gang(
+        self, prompt: int, params: SamplingParams, beginnings: SequenceOf[SequenceOf[int]]
+    ) -> int:
+        """``check_request`` of sequences that run together."""
+        limit, accounting = self.scheduler.limit, self.scheduler.accounting
+        for room, option in (
+            (limit.rows, "max_num_seqs"),
+            (limit.tokens, "max_num_batched_tokens"),
+        ):
+            if params.n > room:
+                raise InvalidRequestError(
+                    "n",
+                    f"{params.n} sequences that see each other advance together, and a step has "
+                    f"room for {room}; ask for fewer, or raise {option}",
+                )
+        headers = [len(each) for each in beginnings] or [0] * params.n
+        context, pages = self.limits.max_model_len, accounting.pool.num_pages
+        columns = accounting.tables.shape[2]
+        most = most_gang_tokens(prompt, headers, context, accounting.layout, pages, columns)
+        if most < (params.max_tokens or 1):
+            raise InvalidRequestError(
+                "max_tokens",
+                f"{params.n} sequences that see each other have room for {most} tokens each behind "
+                f"a prompt of {prompt} and headers of {sum(headers)}: the context holds {context}, "
+                f"the KV cache {pages} pages; ask for less, or for fewer sequences",
+            )
+        return params.max_tokens or most
 
     def add_request(
         self,
@@ -134,6 +190,7 @@ class Engine:
         profile: Profile = EXACT,
         boundaries: tuple[int, ...] = (),
         pooling: Pooling | None = None,
+        beginnings: SequenceOf[SequenceOf[int]] = (),
     ) -> None:
         """Queue a request; its updates come from later steps.
 
@@ -141,6 +198,8 @@ class Engine:
             boundaries: counts of prompt tokens; what lies before one is fed, and sealed as far as
                 pages are full, before anything behind it.
             pooling: an embedding is wanted, and ``max_tokens`` is 0.
+            beginnings: of a gang, tokens that each sequence's block begins with; they are no part
+                of its output.
 
         Raises:
             InvalidRequestError: see ``check_request``; or the id is in use.
@@ -150,7 +209,7 @@ class Engine:
             raise InvalidRequestError("request_id", f"{request_id!r} is already running")
         if not isinstance(priority, int):
             raise InvalidRequestError("priority", f"must be an integer, got {priority!r}")
-        max_tokens = self.check_request(prompt_token_ids, params, pooling)
+        max_tokens = self.check_request(prompt_token_ids, params, pooling, profile, beginnings)
         if self.queue_is_full:
             raise OverloadedError(
                 f"{len(self.scheduler.waiting)} requests are waiting already; try again later"
@@ -165,7 +224,10 @@ class Engine:
             self.clock.now(),
             boundaries,
             pooling,
+            self.scheduler.accounting.layout.block_size,
+            self._unit(profile),
         )
+        self._check_pages(request)
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
         ends = params.stop_ids + (() if params.ignore_eos else self.limits.eos_token_ids)
         for index in range(params.n):
@@ -177,6 +239,9 @@ class Engine:
             self._next_number += 1
             request.sequences.append(sequence)
             self._sequences[sequence.number] = sequence
+        method = gang_method(profile.methods, params.n)
+        if method is not None and max_tokens > 0:
+            self._make_gang(request, method, beginnings)
         self._requests[request_id] = request
         self._counts["prompt_tokens"] += len(prompt_token_ids)
         if max_tokens == 0 and not request.num_unscored and pooling is None:
@@ -184,6 +249,38 @@ class Engine:
                 self._finish(sequence, self._update(sequence, []), "length")
         else:
             self.scheduler.enqueue(request.sequences[0])
+
+    def _check_pages(self, request: Request) -> None:
+        """Raise InvalidRequestError if reducing or coding slots needs more pages than there are."""
+        accounting = self.scheduler.accounting
+        tokens = len(request.prompt_token_ids) + request.max_tokens
+        most = accounting.pages_at_once(request, tokens)
+        # One more for each group: of sequences that parted, the last page is copied.
+        needed = 0 if most is None else most + len(accounting.layout.groups)
+        if needed > accounting.pool.num_pages:
+            raise InvalidRequestError(
+                "methods",
+                f"reducing or coding slots takes up to {needed} pages at once, and there are "
+                f"{accounting.pool.num_pages}; lower the budget or raise kv_cache_memory_bytes",
+            )
+
+    def _unit(self, profile: Profile) -> CodedUnit | None:
+        """How the KV of a request is coded."""
+        layout = self.scheduler.accounting.layout
+        for codec in of_kind(profile.methods, KVCodec):
+            return coded_unit(codec, layout)
+        return None
+
+    @staticmethod
+    def _make_gang(
+        request: Request, method: GangMethod, beginnings: SequenceOf[SequenceOf[int]]
+    ) -> None:
+        request.gang = Gang(request.sequences, method)
+        # The leader feeds no more than the prompt before they part.
+        prompt = len(request.prompt_token_ids)
+        request.boundaries = (*(end for end in request.boundaries if end < prompt), prompt)
+        for sequence, tokens in zip(request.sequences, beginnings, strict=False):
+            sequence.token_ids += tokens
 
     @property
     def queue_is_full(self) -> bool:
@@ -219,13 +316,16 @@ class Engine:
                 _log.exception("a step of %d rows failed", len(plan.rows))
                 self._fail_rows(plan, f"{type(error).__name__}: {error}")
             else:
-                self._commit_timed(plan, result, planned - started)
+                self._commit_timed(plan, result, started, planned)
         updates, self._ready = self._ready, []
         return updates
 
-    def _commit_timed(self, plan: StepPlan, result: StepResult, planning: float) -> None:
-        started = self.clock.now()
+    def _commit_timed(
+        self, plan: StepPlan, result: StepResult, started: float, planned: float
+    ) -> None:
+        executed = self.clock.now()
         self._counts["steps"] += 1
+        all_single = plan.num_inputs == len(plan.rows)
         sealing = []
         for row, outcome in zip(plan.rows, result.rows, strict=True):
             sequence = self._sequences.get(row.sequence)
@@ -243,11 +343,16 @@ class Engine:
         for row, outcome in zip(plan.rows, result.rows, strict=True):
             sequence = self._sequences.get(row.sequence)
             if sequence is not None:
-                self._commit_outputs(sequence, outcome)
+                self._commit_outputs(sequence, row, outcome)
+                if row.draft_room and sequence.status is Status.RUNNING:
+                    self.scheduler.accounting.trim(sequence)
+                if sequence.draft_gain is not None and all_single:
+                    drafted = outcome.drafted > 0
+                    sequence.draft_gain.note(len(outcome.tokens), executed - started, drafted)
         self.timings = {
             **result.timings,
-            "plan": planning,
-            "commit": self.clock.now() - started,
+            "plan": planned - started,
+            "commit": self.clock.now() - executed,
         }
 
     def _commit_inputs(self, sequence: Sequence, count: int, outcome: RowResult) -> None:
@@ -263,14 +368,18 @@ class Engine:
         sequence.num_slots += count
         sequence.next_position += count
         self.scheduler.accounting.seal(sequence)
+        if request.gang is not None and request.gang.can_part:
+            self.scheduler.accounting.part(request.gang)
 
-    def _commit_outputs(self, sequence: Sequence, outcome: RowResult) -> None:
+    def _commit_outputs(self, sequence: Sequence, row: PlanRow, outcome: RowResult) -> None:
         """Advance one sequence by what its row produced."""
         request = sequence.request
-        if outcome.tokens:
-            parting = len(outcome.tokens) > 1
+        if outcome.drafted:
+            self._commit_draft(sequence, outcome)
+        elif outcome.tokens:
+            parting = len(row.samples) > 1
             takers = list(request.sequences) if parting else [sequence]
-            if parting:
+            if parting and request.gang is None:
                 self._fork(sequence, takers[1:])
             for taker, token, logprobs in zip(
                 takers, outcome.tokens, outcome.logprobs, strict=True
@@ -279,6 +388,23 @@ class Engine:
         elif request.max_tokens == 0 and sequence.num_pending == 0:
             for each in list(request.sequences):
                 self._finish(each, self._update(each, []), "length")
+
+    def _commit_draft(self, sequence: Sequence, outcome: RowResult) -> None:
+        """Add tokens that were guessed right, each as if it had been fed, and the one after."""
+        metrics, accepted = sequence.request.metrics, len(outcome.tokens) - 1
+        metrics.num_draft_tokens += outcome.drafted
+        metrics.num_accepted_tokens += accepted
+        self._counts["drafts"] += 1
+        self._counts["draft_tokens"] += outcome.drafted
+        self._counts["accepted_tokens"] += accepted
+        for index, (token, logprobs) in enumerate(
+            zip(outcome.tokens, outcome.logprobs, strict=True)
+        ):
+            if index > 0:
+                self._commit_inputs(sequence, 1, _NOTHING)
+            self._append_token(sequence, token, logprobs)
+            if sequence.status is Status.FINISHED:
+                return
 
     def _fork(self, parent: Sequence, children: list[Sequence]) -> None:
         """Start the siblings on the parent's pages; without a free row they wait instead."""
@@ -336,8 +462,12 @@ class Engine:
         update.error = error
         update.embedding = request.embedding if reason == "length" else None
         self.scheduler.remove(sequence)
-        del self._sequences[sequence.number]
         request.unfinished -= 1
+        if request.gang is None:
+            del self._sequences[sequence.number]
+        elif request.unfinished == 0:
+            for member in request.gang.members:
+                del self._sequences[member.number]
         if request.unfinished == 0:
             request.metrics.finished_time = self.clock.now()
             update.request_finished = True
@@ -369,7 +499,7 @@ class Engine:
         return replace(
             self._stats,
             waiting=len(scheduler.waiting),
-            running=len(scheduler.running),
+            running=len(scheduler.holders),
             pages_used=accounting.pool.num_pages - accounting.num_available,
             pages_cached=accounting.num_cached,
             pages_peak=scheduler.pages_peak,
@@ -381,14 +511,16 @@ class Engine:
 
     def check_integrity(self) -> None:
         """Prove the invariants of requests, scheduler and pages. Raises AssertionError."""
-        running = self.scheduler.running.items
+        running = self.scheduler.holders
         self.scheduler.accounting.check_integrity(running)
-        scheduled = {s.number for s in (*running, *self.scheduler.waiting)}
+        waiting = [each for first in self.scheduler.waiting for each in first.together]
+        scheduled = {s.number for s in (*running, *waiting)}
         for sequence in self._sequences.values():
             queued = sequence.status is not Status.NEW
             if queued != (sequence.number in scheduled):
                 raise AssertionError(f"sequence {sequence.number} is lost")
-            if sequence.num_pending < 1 and sequence.request.max_tokens > 0:
+            ended = sequence.status is Status.FINISHED
+            if sequence.num_pending < 1 and sequence.request.max_tokens > 0 and not ended:
                 raise AssertionError(f"sequence {sequence.number} has nothing to feed")
         if scheduled - self._sequences.keys():
             raise AssertionError("a finished sequence is still scheduled")

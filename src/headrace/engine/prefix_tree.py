@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 from headrace.contracts.profile import Profile
+from headrace.contracts.slot_policy import CompactionSchedule
 
 RunKey = tuple[int, ...]
 
@@ -18,15 +19,22 @@ class SealedRun:
     (``window_users``) only as long as they may read them, and once they are gone
     (``has_window`` is false) the rest of the run stays. A run outside the tree (``parent`` is
     None) loses what nobody holds at once.
+
+    A *compacted* run stands for all of the ``tokens`` up to its end; it has any number of pages per
+    group, and whoever holds it does not hold its parents. These may lose their pages and stay as
+    ``hollow`` runs, which only lead to it. A coded unit has any number of pages as well, and
+    stands for its own tokens alone.
     """
 
     __slots__ = (
         "children",
         "has_window",
+        "hollow",
         "idle_since",
         "key",
         "pages",
         "parent",
+        "tokens",
         "users",
         "window_idle_since",
         "window_users",
@@ -38,8 +46,11 @@ class SealedRun:
         key: RunKey,
         parent: SealedRun | None,
         has_window: bool = False,
+        tokens: int = 0,
     ) -> None:
         self.pages = pages
+        self.tokens = tokens
+        self.hollow = False
         self.key = key
         self.parent = parent
         self.children: dict[RunKey, SealedRun] = {}
@@ -53,8 +64,8 @@ class PrefixTree:
 
     Invariants: the ancestors of a held run are held (a sequence holds its runs from the root
     on), so of two idle runs on a path the deeper one became idle first; the front of the idle
-    queue therefore never has children. Whoever holds the pages of a run that have a window also
-    holds the run.
+    queue therefore never has children, unless they are compacted or lead to such. Whoever holds
+    the pages of a run that have a window also holds the run.
 
     Args:
         block_size: tokens of a run.
@@ -69,13 +80,16 @@ class PrefixTree:
         self._idle: OrderedDict[SealedRun, None] = OrderedDict()
         self._idle_windows: OrderedDict[SealedRun, None] = OrderedDict()
         self._ticks = 0
+        self._num_idle_compacted = self._num_idle_compacted_pages = 0
 
     @property
     def num_idle_pages(self) -> int:
         """Pages that could be evicted now."""
         windows = sum(self._windowed)
         lasting = len(self._windowed) - windows
-        return len(self._idle) * lasting + len(self._idle_windows) * windows
+        growing = len(self._idle) - self._num_idle_compacted
+        compacted = self._num_idle_compacted_pages
+        return growing * lasting + compacted + len(self._idle_windows) * windows
 
     def root(self, profile: Profile) -> SealedRun:
         """The anchor of a profile's runs; it holds no pages."""
@@ -95,20 +109,63 @@ class PrefixTree:
                 found.append(node)
         return found
 
-    def new_run(self, pages: tuple[int, ...], key: RunKey) -> SealedRun:
+    def match_compacted(
+        self, profile: Profile, token_ids: Sequence[int], limit: int, schedule: CompactionSchedule
+    ) -> list[SealedRun]:
+        """As ``match``, for a sequence whose slots are reduced: up to ``limit`` tokens.
+
+        Either one compacted run, or those before the first compaction is observed.
+        """
+        first = schedule.first
+        path = self.match(profile, token_ids, min(limit, first) // self._block_size)
+        node = path[-1].children.get(()) if len(path) * self._block_size == first else None
+        deepest, end = None, first
+        while node is not None:
+            deepest = deepest if node.hollow else node
+            key = tuple(token_ids[end : end + schedule.interval])
+            end += schedule.interval
+            node = node.children.get(key) if end <= limit else None
+        if deepest is not None:
+            return [deepest]
+        found = []
+        for run in path[: (first - schedule.window) // self._block_size]:
+            if run.hollow:
+                break
+            found.append(run)
+        return found
+
+    def match_units(
+        self, profile: Profile, token_ids: Sequence[int], limit: int, slots: int
+    ) -> list[SealedRun]:
+        """As ``match``, in units of so many tokens, up to ``limit`` tokens."""
+        found: list[SealedRun] = []
+        node = self._roots.get(profile)
+        while node is not None and (len(found) + 1) * slots <= limit:
+            start = len(found) * slots
+            node = node.children.get(tuple(token_ids[start : start + slots]))
+            if node is not None:
+                found.append(node)
+        return found
+
+    def new_run(self, pages: tuple[int, ...], key: RunKey, tokens: int = 0) -> SealedRun:
         """A run outside the tree."""
-        return SealedRun(pages, key, None, self._has_windows)
+        return SealedRun(pages, key, None, self._has_windows, tokens)
 
     def insert(
-        self, parent: SealedRun, key: RunKey, pages: tuple[int, ...]
+        self, parent: SealedRun, key: RunKey, pages: tuple[int, ...], tokens: int = 0
     ) -> tuple[SealedRun, list[int]]:
         """The run for ``key`` below ``parent``, and those of ``pages`` that it did not take.
 
         A run that is there keeps its pages, and takes what it has lost of those with a window.
+        ``tokens``: see ``SealedRun``.
         """
         run = parent.children.get(key)
+        if run is not None and run.hollow:
+            run.pages, run.hollow = pages, False
+            self._rest(run)
+            return run, []
         if run is None:
-            run = SealedRun(pages, key, parent, self._has_windows)
+            run = SealedRun(pages, key, parent, self._has_windows, tokens)
             parent.children[key] = run
             self._rest(run)
             self._rest_window(run)
@@ -125,6 +182,16 @@ class PrefixTree:
         self._ticks += 1
         run.idle_since = self._ticks
         self._idle[run] = None
+        self._count_idle(run, 1)
+
+    def _wake(self, run: SealedRun) -> None:
+        del self._idle[run]
+        self._count_idle(run, -1)
+
+    def _count_idle(self, run: SealedRun, sign: int) -> None:
+        if run.tokens:
+            self._num_idle_compacted += sign
+            self._num_idle_compacted_pages += sign * len(run.pages)
 
     def _rest_window(self, run: SealedRun) -> None:
         if run.has_window:
@@ -134,8 +201,8 @@ class PrefixTree:
 
     def hold(self, run: SealedRun) -> None:
         """Add a user."""
-        if run.users == 0:
-            self._idle.pop(run, None)
+        if run in self._idle:
+            self._wake(run)
         run.users += 1
 
     def hold_window(self, run: SealedRun) -> None:
@@ -177,6 +244,10 @@ class PrefixTree:
 
     def _select(self, run: SealedRun, *, windowed: bool) -> list[int]:
         """Its pages of the groups with a window, or without."""
+        if run.tokens:
+            return [] if windowed else list(run.pages)
+        if run.hollow:
+            return []
         pairs = zip(run.pages, self._windowed, strict=True)
         return [page for page, has_window in pairs if has_window == windowed]
 
@@ -190,17 +261,24 @@ class PrefixTree:
         if window is not None and (run is None or window.window_idle_since < run.idle_since):
             del self._idle_windows[window]
             return self._lose_window(window)
-        assert run is not None and run.parent is not None and not run.children
-        parent = run.parent
-        del self._idle[run]
-        del parent.children[run.key]
-        if parent.parent is None and not parent.children:
-            self._roots = {p: root for p, root in self._roots.items() if root is not parent}
+        assert run is not None
+        self._wake(run)
         pages = self._lasting(run)
         if run.has_window:
             del self._idle_windows[run]
             pages += self._lose_window(run)
+        run.pages, run.hollow = (), True
+        self._prune(run)
         return pages
+
+    def _prune(self, run: SealedRun) -> None:
+        """Take out a hollow run that leads nowhere, and those that lead only to it."""
+        while run.hollow and not run.children and run.parent is not None:
+            parent = run.parent
+            del parent.children[run.key]
+            run = parent
+        if run.parent is None and not run.children:
+            self._roots = {p: root for p, root in self._roots.items() if root is not run}
 
     def runs(self) -> list[SealedRun]:
         """All runs of the tree."""
@@ -222,7 +300,7 @@ class PrefixTree:
     ) -> None:
         """Compare user counts with those counted from the sequences, and the idle queues."""
         runs = self.runs()
-        if len(self._idle) != sum(run.users == 0 for run in runs):
+        if len(self._idle) != sum(run.users == 0 and not run.hollow for run in runs):
             raise AssertionError("the idle queue and the tree disagree")
         if len(self._idle_windows) != sum(r.has_window and not r.window_users for r in runs):
             raise AssertionError("the queue of idle windows and the tree disagree")
@@ -233,9 +311,13 @@ class PrefixTree:
             if run.window_users and (not run.has_window or run.window_users > run.users):
                 raise AssertionError(f"{name}: its window is read and not there")
         for run in runs:
-            if (run.users == 0) != (run in self._idle):
+            if (run.users == 0 and not run.hollow) != (run in self._idle):
                 raise AssertionError(f"run of pages {run.pages} is idle and held at once")
             if (run.has_window and not run.window_users) != (run in self._idle_windows):
                 raise AssertionError(f"run of pages {run.pages}: its window is idle and held")
-            if run.parent is not None and run.parent.parent and run.users > run.parent.users:
+            if run.hollow and not run.children:
+                raise AssertionError("a run without pages leads nowhere")
+            if run.tokens or run.parent is None or run.parent.parent is None:
+                continue
+            if run.users > run.parent.users:
                 raise AssertionError(f"run of pages {run.pages} outlives its prefix")

@@ -5,9 +5,14 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 
+import numpy as np
+
+from headrace.contracts.kv_codec import CodedUnit, KVCodec
+from headrace.contracts.method import of_kind
 from headrace.contracts.scheduling import SchedulerPolicy, StepBudget
-from headrace.contracts.step import PlanRow, SampleState, StepPlan
+from headrace.contracts.step import CodedContext, Compaction, PlanRow, SampleState, StepPlan
 from headrace.engine.cache_accounting import CacheAccounting
+from headrace.engine.gang import Gang
 from headrace.engine.sequence import Sequence, Status
 
 ADMISSION_RESERVE = 0.01
@@ -51,6 +56,9 @@ class Scheduler:
     of its place, and longer ones share what is left of the budget in chunks. When pages run out,
     the last sequence in order is preempted: it loses its pages and waits to be computed again.
 
+    A gang is in these orders as its leader. Its members feed one input each, all in one step or
+    none of them: it waits a step where there is not enough of the budget left for all.
+
     With ``whole_prompts``, a prompt is fed in one step, which must have room for any.
     """
 
@@ -65,6 +73,7 @@ class Scheduler:
         self.accounting = accounting
         self.limit = limit
         self._whole_prompts = whole_prompts
+        self._drafting: list[tuple[Sequence, PlanRow]] = []
         self.waiting = OrderedSequences(policy)
         self.running = OrderedSequences(policy)
         self.num_preemptions = 0
@@ -77,19 +86,26 @@ class Scheduler:
         plan = StepPlan()
         self._overtake(now)
         budget = self.policy.budget(self.running.items, self.limit)
-        singles = sum(sequence.num_pending == 1 for sequence in self.running)
+        singles = sum(
+            len(feeding_members(sequence)) if sequence.begin else sequence.num_pending == 1
+            for sequence in self.running
+        )
         spare = max(1, budget.tokens - singles)
         left = budget.tokens
         for sequence in list(self.running):
             if len(plan.rows) >= budget.rows or left == 0:
                 break
-            if sequence.status is not Status.RUNNING:
+            if sequence.table_row < 0:
+                continue
+            if sequence.begin:
+                left -= self._schedule_gang(sequence, budget.rows, left, plan)
                 continue
             single = sequence.num_pending == 1
             count = self._schedule(sequence, min(left, 1 if single else spare), plan)
             spare -= 0 if single else count
             left -= count
         self._admit(plan, budget.rows, left, now)
+        self._make_draft_room(plan, budget.tokens - plan.num_inputs)
         if plan.rows:
             plan.state_copies = self.accounting.take_state_copies()
         pages = self.accounting.pool.num_pages - self.accounting.num_available
@@ -98,7 +114,7 @@ class Scheduler:
 
     def _schedule(self, sequence: Sequence, most: int, plan: StepPlan) -> int:
         """Plan up to ``most`` pending inputs of a running sequence, preempting if it must."""
-        wanted = min(most, sequence.num_feedable)
+        request, wanted = sequence.request, min(most, sequence.num_feedable)
         if wanted == 0:
             return 0
         while (count := self.accounting.reserve(sequence, wanted, plan)) == 0:
@@ -107,12 +123,43 @@ class Scheduler:
             if victim is sequence:
                 return 0
         plan.rows.append(plan_row(sequence, count))
+        if request.schedule is not None:
+            note_compaction(plan.rows[-1], sequence)
+        if request.unit is not None:
+            plan.rows[-1].coded = coded_context(sequence, request.unit)
+        if sequence.draft_room > 0:
+            self._drafting.append((sequence, plan.rows[-1]))
         return count
+
+    def _schedule_gang(self, leader: Sequence, rows: int, most: int, plan: StepPlan) -> int:
+        """Plan an input of each member that feeds one, preempting if it must."""
+        feeding = feeding_members(leader)
+        if len(feeding) > min(most, rows - len(plan.rows)):
+            return 0
+        while not self.accounting.has_slots(feeding):
+            victim = self.running.items[self.policy.victim(self.running.items)]
+            self.preempt(victim)
+            if victim is leader:
+                return 0
+        for member in feeding:
+            self.accounting.reserve(member, 1, plan)
+            plan.rows.append(plan_row(member, 1))
+        return len(feeding)
+
+    def _make_draft_room(self, plan: StepPlan, left: int) -> None:
+        """Let rows guess tokens, with inputs and pages that nobody else wants."""
+        for sequence, row in self._drafting:
+            wanted = min(sequence.draft_room, left)
+            if wanted > 0:
+                row.draft_room = self.accounting.reserve_draft(sequence, wanted, plan)
+                left -= row.draft_room
+        self._drafting.clear()
 
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's pages; it waits, and its known tokens are fed again."""
         self.running.remove(sequence)
-        self.accounting.release(sequence)
+        for each in sequence.together:
+            self.accounting.release(each)
         sequence.request.metrics.num_preemptions += 1
         self.num_preemptions += 1
         self.enqueue(sequence)
@@ -145,10 +192,13 @@ class Scheduler:
         needed = self.accounting.pages_to_admit(sequence, runs)
         if self.running:
             needed += int(self.accounting.pool.num_pages * ADMISSION_RESERVE)
-        if not self.accounting.num_free_rows or needed > self.accounting.num_available:
+        rows = len(sequence.together)
+        if rows > self.accounting.num_free_rows or needed > self.accounting.num_available:
             return False
         self.waiting.remove(sequence)
         self.accounting.admit(sequence, runs)
+        for member in sequence.together[1:]:
+            self.accounting.take_row(member)
         self.start(sequence)
         self._note_first_admission(sequence, now)
         return True
@@ -163,22 +213,52 @@ class Scheduler:
 
     def enqueue(self, sequence: Sequence) -> None:
         """Let a sequence that holds no pages wait for them."""
-        sequence.status = Status.WAITING
+        _set_status(sequence, Status.WAITING)
         self.waiting.add(sequence)
 
     def start(self, sequence: Sequence) -> None:
         """Count a sequence that was given pages among the running."""
-        sequence.status = Status.RUNNING
+        _set_status(sequence, Status.RUNNING)
         self.running.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, giving back what it holds."""
-        if sequence.status is Status.RUNNING:
+        """Forget a sequence, giving back what it holds; of a gang, with its last member."""
+        if sequence.request.gang is not None:
+            self._remove_member(sequence, sequence.request.gang)
+        elif sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self.accounting.release(sequence)
         elif sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
+
+    def _remove_member(self, member: Sequence, gang: Gang) -> None:
+        # What it has not fed, it never will: the others see what it has.
+        del member.token_ids[member.num_fed :]
+        if any(each.status is not Status.FINISHED for each in gang.members if each is not member):
+            return
+        if member.status is Status.WAITING:
+            self.waiting.remove(gang.leader)
+        else:
+            self.running.remove(gang.leader)
+            for each in gang.members:
+                self.accounting.release(each)
+
+    @property
+    def holders(self) -> list[Sequence]:
+        """The sequences that have a table row: those that run, and all members of their gangs."""
+        return [each for sequence in self.running for each in sequence.together]
+
+
+def feeding_members(leader: Sequence) -> list[Sequence]:
+    """The members of a gang that has parted which feed an input in the coming step."""
+    return [member for member in leader.together if member.num_pending > 0]
+
+
+def _set_status(sequence: Sequence, status: Status) -> None:
+    for each in sequence.together:
+        if each.status is not Status.FINISHED:
+            each.status = status
 
 
 def plan_row(sequence: Sequence, count: int) -> PlanRow:
@@ -191,8 +271,9 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
     known = sequence.token_ids
     request = sequence.request
     samples: list[SampleState] = []
-    if end == len(known) and request.max_tokens > 0:
-        parted = bool(sequence.state.output_token_ids)
+    ended = sequence.status is Status.FINISHED
+    if end == len(known) and request.max_tokens > 0 and not ended:
+        parted = bool(sequence.state.output_token_ids) or sequence.begin > 0
         samples = [sequence.state] if parted else [s.state for s in request.sequences]
     score_ids: list[int] = []
     if request.num_unscored and end + request.num_unscored >= len(request.prompt_token_ids):
@@ -208,4 +289,30 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
         score_top=request.params.prompt_logprobs or 0,
         pooling=request.pooling,
         adapter=request.profile.adapter,
+        methods=request.profile.methods,
+        first=start == sequence.num_adopted,
+        num_quiet=min(count, max(0, len(request.prompt_token_ids) - 1 - start)),
+        begin=sequence.begin,
+        segments=request.gang.segments(sequence) if request.gang and sequence.begin else (),
+        num_prompt=min(count, max(0, len(request.prompt_token_ids) - start)),
     )
+
+
+def note_compaction(row: PlanRow, sequence: Sequence) -> None:
+    """Say what the policy of slots does in the row's step."""
+    policy, schedule = sequence.request.slot_policy, sequence.request.schedule
+    assert policy is not None and schedule is not None
+    if schedule.observes(sequence.num_fed):
+        row.observer = policy
+    if sequence.spare:
+        pages = np.array(sequence.spare, dtype=np.int32).T
+        row.compaction = Compaction(policy, schedule.budget, pages)
+
+
+def coded_context(sequence: Sequence, unit: CodedUnit) -> CodedContext:
+    """The units of a sequence, and the one that its slots become."""
+    [codec] = of_kind(sequence.request.profile.methods, KVCodec)
+    pages = np.array([run.pages for run in sequence.units], dtype=np.int32)
+    fills = [page for column in sequence.spare for page in column]
+    filled = np.array(fills, dtype=np.int32) if fills else None
+    return CodedContext(codec, unit, pages.reshape(-1, unit.pages), filled)

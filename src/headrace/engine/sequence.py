@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
 
+from headrace.contracts.drafting import DraftMethod
+from headrace.contracts.kv_codec import CodedUnit
+from headrace.contracts.kv_policy import KVPolicy
+from headrace.contracts.method import of_kind
 from headrace.contracts.outputs import RequestMetrics, TokenLogprobs
 from headrace.contracts.profile import Profile
 from headrace.contracts.sampling import SamplingParams
+from headrace.contracts.slot_policy import CompactionSchedule, SlotPolicy
 from headrace.contracts.step import Pooling, SampleState
 from headrace.contracts.text import TextStream
+from headrace.engine.draft_gain import DraftGain
+from headrace.engine.gang import Gang
 from headrace.engine.prefix_tree import SealedRun
 
 
@@ -32,13 +40,21 @@ class Request:
 
     ``boundaries`` are counts of prompt tokens, ascending: what lies behind one is fed in a later
     step than what lies before it. With ``pooling``, nothing is generated: ``pooled`` gathers what
-    makes the embedding.
+    makes the embedding. Of each sequence, the first ``num_shareable`` tokens have KV that others
+    may share; ``kv_policy`` or ``slot_policy``, with its ``schedule``, decide what it keeps.
+    ``gang``: of its sequences, if they are one. ``drafting`` guesses its tokens. Its KV is coded
+    in a ``unit`` at a time, if at all.
     """
 
     __slots__ = (
         "boundaries",
+        "cache_profile",
+        "drafting",
+        "gang",
+        "kv_policy",
         "max_tokens",
         "metrics",
+        "num_shareable",
         "params",
         "pooled",
         "pooling",
@@ -47,8 +63,11 @@ class Request:
         "prompt_logprobs",
         "prompt_token_ids",
         "request_id",
+        "schedule",
         "sequences",
+        "slot_policy",
         "unfinished",
+        "unit",
     )
 
     def __init__(
@@ -62,9 +81,13 @@ class Request:
         arrival_time: float,
         boundaries: tuple[int, ...] = (),
         pooling: Pooling | None = None,
+        block_size: int = 1,
+        unit: CodedUnit | None = None,
     ) -> None:
+        self.unit = unit
         self.request_id = request_id
-        self.boundaries = boundaries
+        asked = profile.boundaries(len(prompt_token_ids))
+        self.boundaries = tuple(sorted({*boundaries, *asked}))
         self.pooling: Pooling | None = pooling
         self.pooled: npt.NDArray[np.float32] | None = None
         self.prompt_token_ids = prompt_token_ids
@@ -72,8 +95,18 @@ class Request:
         self.max_tokens = max_tokens
         self.priority = priority
         self.profile = profile
+        self.cache_profile = profile.of_cache if profile.methods else profile
+        self.kv_policy = next(iter(of_kind(profile.methods, KVPolicy)), None)
+        self.slot_policy = next(iter(of_kind(profile.methods, SlotPolicy)), None)
+        self.schedule: CompactionSchedule | None = None
+        if self.slot_policy is not None:
+            self.schedule = self.slot_policy.schedule(block_size)
+        self.drafting = next(iter(of_kind(profile.methods, DraftMethod)), None)
+        shared = profile.shared_tokens(len(prompt_token_ids))
+        self.num_shareable = sys.maxsize if shared is None else shared
         self.metrics = RequestMetrics(arrival_time)
         self.sequences: list[Sequence] = []
+        self.gang: Gang | None = None
         self.unfinished = params.n
         wanted = params.prompt_logprobs is not None
         self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if wanted else None
@@ -88,7 +121,8 @@ class Request:
     @property
     def needs_all_inputs(self) -> bool:
         """Whether every prompt token has to be fed, cached or not."""
-        return self.num_unscored > 0 or self.pooling in ("mean", "first")
+        whole = self.num_unscored > 0 or self.pooling in ("mean", "first")
+        return whole or self.profile.needs_all_inputs
 
     def pool(self, hidden: npt.NDArray[np.float32]) -> None:
         """Add what a step made of some inputs."""
@@ -110,16 +144,24 @@ class Sequence:
 
     Three counters that may differ once methods drop, inject or move tokens: ``num_fed`` known
     tokens have been given to the model, they take ``num_slots`` KV slots, and the next input has
-    position ``next_position``. KV lies in ``runs`` (sealed) followed by ``tail`` (columns of
-    writable pages, one page per cache group). ``num_sealed`` runs there have been, of which those
-    with ``ordinals`` are left; of the first ``num_passed`` the sequence no longer holds the pages
-    with a window.
+    position ``next_position``; ``num_adopted`` were found in the cache when it was admitted (-1:
+    it goes on where another sequence was). KV lies in ``runs`` (sealed) followed by ``tail``
+    (columns of writable pages, one page per cache group). ``num_sealed`` runs there have been, of
+    which those with ``ordinals`` are left; of the first ``num_passed`` the sequence no longer holds
+    the pages with a window. Where slots have been reduced, ``compacted`` comes in place of the
+    runs, and ``spare`` columns are what the compaction of this step fills, or a coded unit.
+    ``units`` come before the slots, and are none. Its own context begins at slot ``begin``; see
+    ``PlanRow``.
     """
 
     __slots__ = (
         "arrival",
+        "begin",
+        "compacted",
+        "draft_gain",
         "index",
         "next_position",
+        "num_adopted",
         "num_fed",
         "num_passed",
         "num_sealed",
@@ -128,12 +170,14 @@ class Sequence:
         "ordinals",
         "request",
         "runs",
+        "spare",
         "state",
         "status",
         "table_row",
         "tail",
         "text",
         "token_ids",
+        "units",
     )
 
     def __init__(
@@ -151,13 +195,24 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.state = state
         self.text = text
+        self.draft_gain = None if request.drafting is None else DraftGain()
         self.status = Status.NEW
         self.table_row = -1
         self.runs: list[SealedRun] = []
         self.ordinals: list[int] = []
         self.tail: list[list[int]] = []
+        self.compacted: SealedRun | None = None
+        self.spare: list[list[int]] = []
+        self.units: list[SealedRun] = []
         self.num_fed = self.num_slots = self.next_position = 0
-        self.num_sealed = self.num_passed = 0
+        self.num_sealed = self.num_passed = self.begin = 0
+        self.num_adopted = -1
+
+    @property
+    def together(self) -> list[Sequence]:
+        """The sequences that wait, run and are preempted as one, of which it is the first."""
+        gang = self.request.gang
+        return [self] if gang is None else gang.members
 
     @property
     def priority(self) -> int:
@@ -171,11 +226,34 @@ class Sequence:
 
     @property
     def num_feedable(self) -> int:
-        """Pending tokens that one step may feed: those up to the next boundary."""
+        """Pending tokens that one step may feed: those up to the next boundary or compaction."""
+        end = len(self.token_ids)
         for boundary in self.request.boundaries:
             if boundary > self.num_fed:
-                return boundary - self.num_fed
-        return self.num_pending
+                end = boundary
+                break
+        if self.request.schedule is not None:
+            end = min(end, self.request.schedule.next_stop(self.num_fed))
+        if self.request.unit is not None:
+            end = min(end, self.num_fed - self.num_slots + self.request.unit.slots)
+        return end - self.num_fed
+
+    @property
+    def draft_room(self) -> int:
+        """Tokens that may be guessed behind the one that is pending.
+
+        None before the sequence has parted from its siblings, and none where guessing does not
+        pay. A request that names a seed must not depend on how long steps take.
+        """
+        method, done = self.request.drafting, len(self.state.output_token_ids)
+        if method is None or done == 0 or self.num_pending != 1:
+            return 0
+        assert self.draft_gain is not None
+        params = self.request.params
+        fixed = method.always_on or (params.seed is not None and not params.greedy)
+        if not fixed and not self.draft_gain.pays:
+            return 0
+        return min(method.most_drafted, self.request.max_tokens - done - 1)
 
     def forget_cache(self) -> None:
         """All known tokens are pending again; the caller has released runs and tail."""
@@ -183,5 +261,8 @@ class Sequence:
         self.runs = []
         self.ordinals = []
         self.tail = []
+        self.compacted = None
+        self.spare = []
+        self.units = []
         self.num_fed = self.num_slots = self.next_position = 0
-        self.num_sealed = self.num_passed = 0
+        self.num_sealed = self.num_passed = self.begin = 0

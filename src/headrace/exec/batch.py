@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow
+from headrace.exec.coded_past import CodedRow, coded_rows
+from headrace.exec.extensions import Extensions
+from headrace.exec.segments import SegmentReads, pages_from, read_segments
+from headrace.exec.slot_statistics import ObservedRow
+from headrace.exec.taps import TappedRows
 from headrace.kv.arena import KVArena
-from headrace.ops.paged import StepShape
+from headrace.models.base import NeuronStep
+from headrace.ops.paged import Indices, StepShape
 from headrace.ops.recurrent import RowSpans
 from headrace.ops.table import Ops
 
@@ -24,31 +31,66 @@ class ForwardBatch:
     Args:
         input_ids, positions: ``[T]``.
         rows: which of them belong together.
+        past: int64 ``[R]``: slots before the inputs of each row.
         attention: one plan per cache group.
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
+        tapped: name of a method with a tap -> the inputs that it is for.
+        observed: the rows whose attention is noted.
+        segments: what inputs read beside the own context of their rows.
+        coded: the rows with coded units before their own slots.
+        neurons: which inputs go through some neurons only, if any do.
+        block: number of the rows' block in the step; see ``Placement``.
     """
 
     input_ids: Tensor
     positions: Tensor
     rows: RowSpans
+    past: Indices
     attention: list[Any]
     adapted: Sequence[tuple[str, Tensor]]
+    tapped: Mapping[str, Sequence[TappedRows[Any]]]
+    observed: Sequence[ObservedRow] = ()
+    segments: SegmentReads | None = None
+    coded: Sequence[CodedRow] = ()
+    neurons: NeuronStep | None = None
+    block: int = 0
 
 
 class BatchBuilder:
     """Builds the micro-batches of a step: one, or one per token where ops are batch-invariant.
 
     Of models that are not causal, it is one per row: tokens see those behind them.
+
+    Args:
+        extensions: whose rows are told apart, and whose placement splits them into blocks.
     """
 
-    def __init__(self, arena: KVArena, ops: Ops, causal: bool = True) -> None:
+    def __init__(
+        self,
+        arena: KVArena,
+        ops: Ops,
+        causal: bool = True,
+        extensions: Extensions | None = None,
+    ) -> None:
+        self._extensions = extensions or Extensions()
+        self._placement = self._extensions.placed.placement
         self._arena = arena
         self._ops = ops
         self._causal = causal
-        self._groups = range(len(arena.layout.groups))
+        self._groups = range(arena.num_tables)
 
     def build(self, rows: Sequence[PlanRow], tables: PageTables) -> list[ForwardBatch]:
         """The micro-batches, in the order in which they must run."""
+        if not self._placement.on_disk:
+            return self._build(rows, tables)
+        batches = []
+        for block, part in enumerate(self._placement.split(rows, self._arena.layout)):
+            for batch in self._build(part, self._arena.tables_of(block, part, tables)):
+                batch.block = block
+                batches.append(batch)
+        return batches
+
+    def _build(self, rows: Sequence[PlanRow], tables: PageTables) -> list[ForwardBatch]:
         if not self._ops.batch_invariant:
             return [self._batch(rows, tables)]
         if not self._causal:
@@ -63,17 +105,32 @@ class BatchBuilder:
         ids = [token for row in rows for token in row.input_ids]
         positions = [position for row in rows for position in row.positions]
         lengths = np.array([len(row.input_ids) for row in rows])
-        past = np.array([row.slot for row in rows])
+        begins = np.array([row.begin for row in rows])
+        past = np.array([row.slot for row in rows]) - begins
         used = [row.table_row for row in rows]
-        pages = self._arena.layout.pages_for(int((past + lengths).max()))
+        size = self._arena.layout.block_size
         plans = []
         for group in self._groups:
             plane = self._arena.group_plane(group)
-            shape = StepShape.of_one_group(lengths, past, tables[group, used, :pages], plane.heads)
+            pages = pages_from(tables[group], used, begins, past + lengths, size)
+            shape = StepShape.of_one_group(lengths, past, pages, plane.heads)
             plans.append(self._ops.attention.plan(shape, plane))
-        spans = RowSpans(lengths.tolist(), used)
-        ids_of, places = self._tensor(ids), self._tensor(positions)
-        return ForwardBatch(ids_of, places, spans, plans, self._adapted(rows))
+        batch = ForwardBatch(
+            self._tensor(ids),
+            self._tensor(positions),
+            RowSpans(lengths.tolist(), used),
+            past,
+            plans,
+            self._adapted(rows),
+            self._tapped(rows),
+            self._observed(rows, tables),
+            read_segments(rows, tables, self._arena, self._ops.attention, self._ops.device),
+            coded_rows(rows, self._ops.device),
+        )
+        neurons = self._extensions.neurons
+        if neurons is not None:
+            batch.neurons = neurons.step(rows, self._arena, bool(batch.adapted))
+        return batch
 
     def _adapted(self, rows: Sequence[PlanRow]) -> list[tuple[str, Tensor]]:
         """The inputs that go through adapters, by adapter."""
@@ -85,6 +142,41 @@ class BatchBuilder:
                 found.setdefault(row.adapter, []).extend(range(place, place + count))
             place += count
         return [(key, self._tensor(inputs)) for key, inputs in found.items()]
+
+    def _tapped(self, rows: Sequence[PlanRow]) -> dict[str, list[TappedRows[Any]]]:
+        """The inputs of rows whose methods have taps, by method as the rows chose it."""
+        found: dict[Method, tuple[list[int], list[int]]] = {}
+        place = 0
+        for row in rows:
+            end = place + len(row.input_ids)
+            for method in row.methods:
+                if method.name() in self._extensions.taps:
+                    inputs, answering = found.setdefault(method, ([], []))
+                    inputs.extend(range(place, end))
+                    answering.extend(range(place + row.num_quiet, end))
+            place = end
+        tapped: dict[str, list[TappedRows[Any]]] = {}
+        for method, (inputs, answering) in found.items():
+            part = TappedRows(method, self._tensor(inputs), self._tensor(answering))
+            tapped.setdefault(method.name(), []).append(part)
+        return tapped
+
+    def _observed(self, rows: Sequence[PlanRow], tables: PageTables) -> list[ObservedRow]:
+        """The rows whose attention is noted."""
+        found, start = [], 0
+        for row in rows:
+            count = len(row.input_ids)
+            if row.observer is not None:
+                columns = self._arena.layout.pages_for(row.slot + count)
+                pages = [
+                    self._tensor(tables[group, row.table_row, :columns].tolist())
+                    for group in self._groups
+                ]
+                found.append(
+                    ObservedRow(row.observer, row.table_row, start, count, row.slot, pages)
+                )
+            start += count
+        return found
 
     def _tensor(self, values: list[int]) -> Tensor:
         array = np.array(values, dtype=np.int64)
@@ -100,4 +192,11 @@ def _single_input(row: PlanRow, index: int) -> PlanRow:
         positions=row.positions[index : index + 1],
         slot=row.slot + index,
         adapter=row.adapter,
+        methods=row.methods,
+        num_quiet=int(index < row.num_quiet),
+        observer=row.observer,
+        coded=row.coded,
+        begin=row.begin,
+        segments=row.segments,
+        num_prompt=int(index < row.num_prompt),
     )

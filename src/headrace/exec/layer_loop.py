@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.contracts.step import Pooling
 from headrace.exec.batch import ForwardBatch
+from headrace.exec.coded_past import attend_coded
+from headrace.exec.extensions import Extensions
+from headrace.exec.page_view import PageView
+from headrace.exec.taps import Site
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
 from headrace.models.layers.rotary import RotaryEmbedding
-from headrace.ops.adapted_linear import AdapterRoutes
-from headrace.ops.paged import AttentionSpec
-from headrace.ops.reference import add_sinks
+from headrace.ops.paged import AttentionSpec, StepShape
+from headrace.ops.reference import add_sinks, rotate
 from headrace.ops.table import Ops
 
 
 class LayerContext:
-    """The ``AttentionContext`` of one micro-batch."""
+    """The ``AttentionContext`` of one micro-batch.
 
-    def __init__(self, batch: ForwardBatch, arena: KVArena, ops: Ops) -> None:
+    What methods do in it costs nothing where no row has such a method.
+
+    Args:
+        view: what the layers read in place of the page tables; ``None``: these.
+    """
+
+    def __init__(
+        self,
+        batch: ForwardBatch,
+        arena: KVArena,
+        ops: Ops,
+        extensions: Extensions,
+        view: PageView | None = None,
+    ) -> None:
         self.rows = batch.rows
         self._batch = batch
         self._arena = arena
         self._ops = ops
+        self._view = view
+        self._statistics = extensions.statistics
         self._angles: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
+        self._segment_angles: dict[RotaryEmbedding, tuple[Tensor, Tensor]] = {}
+        taps = extensions.taps
+        self._taps = [(taps[name], rows) for name, rows in batch.tapped.items()]
 
     def attend(
         self,
@@ -39,20 +63,75 @@ class LayerContext:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """See ``AttentionContext``."""
+        if self._taps:
+            q = self._tap("query", layer, q)
+            k = self._tap("key", layer, k)
+            v = self._tap("value", layer, v)
         cos, sin = self.angles(rotary)
-        out, lse = self._ops.attention.attend(
-            q,
-            k,
-            v,
-            cos,
-            sin,
-            self._arena.cache(layer),
-            spec,
-            self._batch.attention[self._arena.group_of(layer)],
-        )
+        attention, cache = self._ops.attention, self._arena.cache(layer)
+        planned = self._plan(layer, q, cos, sin)
+        out, lse = attention.attend(q, k, v, cos, sin, cache, spec, planned)
+        if self._batch.segments is not None:
+            out, lse = self._see_segments(layer, q, (out, lse), rotary, spec)
+        for row in self._batch.coded:
+            inputs = slice(row.start, row.start + row.queries)
+            turned = rotate(q[inputs], cos[inputs], sin[inputs])
+            seen = attend_coded(self._arena, layer, turned, (out[inputs], lse[inputs]), row, spec)
+            out[inputs], lse[inputs] = seen
+        if self._batch.observed:
+            self._observe(layer, q, lse, (cos, sin), spec)
         if sinks is not None:
             out = add_sinks(out, lse, sinks)
-        return out.flatten(1)
+        return self._tap("attention", layer, out).flatten(1)
+
+    def _plan(self, layer: int, q: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        """What attention made of the step's rows for a layer with these queries, not rotated."""
+        if self._view is None:
+            return self._batch.attention[self._arena.group_of(layer)]
+        keys = self._arena.cache(layer).keys
+        tables = self._view.tables(layer, self.rows, lambda: rotate(q, cos, sin))
+        lengths = np.array(self.rows.lengths)
+        shape = StepShape.of_one_group(lengths, self._batch.past, tables, keys.heads)
+        return self._ops.attention.plan(shape, keys)
+
+    def _see_segments(
+        self,
+        layer: int,
+        q: Tensor,
+        own: tuple[Tensor, Tensor],
+        rotary: RotaryEmbedding,
+        spec: AttentionSpec,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to what rows read beside their own context, merged with that."""
+        segments = self._batch.segments
+        assert segments is not None
+        if rotary not in self._segment_angles:
+            found = rotary.cos_sin(segments.positions, self._ops.dtype)
+            self._segment_angles[rotary] = found
+        angles, cache = self._segment_angles[rotary], self._arena.cache(layer)
+        group = self._arena.group_of(layer)
+        return segments.merge(q, own, angles, self._ops.attention, cache, spec, group)
+
+    def _observe(
+        self,
+        layer: int,
+        q: Tensor,
+        lse: Tensor,
+        angles: tuple[Tensor, Tensor],
+        spec: AttentionSpec,
+    ) -> None:
+        """Let policies take note of the attention of their rows."""
+        assert self._statistics is not None
+        for row in self._batch.observed:
+            inputs = slice(row.start, row.start + row.queries)
+            turned = rotate(q[inputs], *(part[inputs] for part in angles))
+            self._statistics.note(layer, turned, lse[inputs], spec, row)
+
+    def _tap(self, site: Site, layer: int, values: Tensor) -> Tensor:
+        for tap, rows in self._taps:
+            if tap.site == site:
+                values = tap(layer, values, rows)
+        return values
 
     def angles(self, rotary: RotaryEmbedding) -> tuple[Tensor, Tensor]:
         """See ``AttentionContext``."""
@@ -64,29 +143,77 @@ class LayerContext:
         """See ``AttentionContext``."""
         return self._arena.states(layer)
 
+    def enter(self, layer: int, hidden: Tensor) -> Tensor:
+        """What layer ``layer`` gets of the residual stream ``[T, hidden]``."""
+        return self._tap("hidden", layer, hidden)
+
 
 class LayerLoop:
-    """Runs a model over micro-batches: all layers of one before the next begins."""
+    """Runs a model over micro-batches: all layers of one before the next begins.
+
+    With ``tiers``, all micro-batches pass a layer before the next layer begins, so that what a
+    layer needs is brought once: a block schedule.
+    """
 
     def __init__(
-        self, model: DecoderModel, arena: KVArena, ops: Ops, routes: AdapterRoutes
+        self, model: DecoderModel, arena: KVArena, ops: Ops, extensions: Extensions | None = None
     ) -> None:
-        self._routes = routes
+        self._extensions = extensions or Extensions()
+        self._tiers = self._extensions.placed.tiers
         self._model = model
         self._arena = arena
         self._ops = ops
 
-    def run(self, batches: Sequence[ForwardBatch]) -> Tensor:
+    def run(self, batches: Sequence[ForwardBatch], view: PageView | None = None) -> Tensor:
         """Hidden states of all inputs, ``[T, hidden]``, before the final norm."""
-        hidden = [self._run_layers(batch) for batch in batches]
+        if self._tiers:
+            hidden = self._run_by_layer(batches, view)
+        else:
+            hidden = [self._run_layers(batch, view) for batch in batches]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
-    def _run_layers(self, batch: ForwardBatch) -> Tensor:
-        context = LayerContext(batch, self._arena, self._ops)
-        self._routes.rows = batch.adapted
+    def _context(self, batch: ForwardBatch, view: PageView | None) -> LayerContext:
+        return LayerContext(batch, self._arena, self._ops, self._extensions, view)
+
+    def _route(self, batch: ForwardBatch) -> None:
+        """Say which inputs go through which adapters and neurons, before they run."""
+        self._extensions.routes.rows = batch.adapted
+        if self._extensions.neurons is not None:
+            self._extensions.neurons.routes.step = batch.neurons
+
+    def _run_by_layer(self, batches: Sequence[ForwardBatch], view: PageView | None) -> list[Tensor]:
+        hidden = [self._model.embed(batch.input_ids, batch.positions) for batch in batches]
+        contexts = [self._context(batch, view) for batch in batches]
+        blocks = [
+            [*places] for _, places in groupby(range(len(batches)), lambda i: batches[i].block)
+        ]
+        try:
+            for tier in self._tiers:
+                tier.begin(len(blocks))
+            for index, layer in enumerate(self._model.layers):
+                for block, places in enumerate(blocks):
+                    for tier in self._tiers:
+                        tier.enter(index, block)
+                    for place in places:
+                        self._route(batches[place])
+                        entering = contexts[place].enter(index, hidden[place])
+                        hidden[place] = layer.feed(layer.mix(entering, contexts[place]))
+                    for tier in self._tiers:
+                        tier.leave(index, block)
+            for tier in self._tiers:
+                tier.end()
+        except BaseException:
+            for tier in self._tiers:
+                tier.stop()
+            raise
+        return hidden
+
+    def _run_layers(self, batch: ForwardBatch, view: PageView | None) -> Tensor:
+        context = self._context(batch, view)
+        self._route(batch)
         hidden = self._model.embed(batch.input_ids, batch.positions)
-        for layer in self._model.layers:
-            hidden = layer.mix(hidden, context)
+        for index, layer in enumerate(self._model.layers):
+            hidden = layer.mix(context.enter(index, hidden), context)
             hidden = layer.feed(hidden)
         return hidden
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,34 +17,39 @@ from headrace.contracts.step import (
     StepResult,
     Ticket,
 )
-from headrace.exec.batch import BatchBuilder
-from headrace.exec.layer_loop import LayerLoop
+from headrace.exec.coded_past import fill_unit
+from headrace.exec.decoding.drafter import Drafter
+from headrace.exec.decoding.speculation import Speculation
+from headrace.exec.forward import Forward
 from headrace.exec.sampling.sampler import Sampler, token_logprobs
-from headrace.kv.arena import KVArena
-from headrace.models.base import DecoderModel
-from headrace.ops.adapted_linear import AdapterRoutes
-from headrace.ops.table import Ops
 
 _SCORED_AT_ONCE = 64
 """Rows of prompt logits in memory at once, since a row is as wide as the vocabulary."""
 
 
 class LocalRunner(Runner):
-    """Executes a plan when it is submitted; ``collect`` hands out the result."""
+    """Executes a plan when it is submitted; ``collect`` hands out the result.
+
+    Args:
+        drafters: what guesses tokens, by name of the method.
+
+    Attributes:
+        tiers: what brings what is on disk; closed with the runner.
+    """
 
     def __init__(
         self,
-        model: DecoderModel,
-        arena: KVArena,
-        ops: Ops,
+        forward: Forward,
         sampler: Sampler,
-        routes: AdapterRoutes | None = None,
+        drafters: Mapping[str, Drafter] | None = None,
     ) -> None:
-        self.arena = arena
+        self.tiers = forward.extensions.placed.tiers
+        self.arena = forward.arena
         self.sampler = sampler
-        self._ops = ops
-        self._loop = LayerLoop(model, arena, ops, routes or AdapterRoutes())
-        self._builder = BatchBuilder(arena, ops, model.causal)
+        self._forward = forward
+        self._ops = forward.ops
+        self._statistics = forward.extensions.statistics
+        self._speculation = Speculation(forward, sampler, drafters or {})
         self._results: dict[Ticket, StepResult] = {}
         self._tickets = 0
 
@@ -57,26 +63,50 @@ class LocalRunner(Runner):
     def collect(self, ticket: Ticket) -> StepResult:
         return self._results.pop(ticket)
 
+    def close(self) -> None:
+        for tier in self.tiers:
+            tier.close()
+
     def _execute(self, plan: StepPlan, tables: PageTables) -> StepResult:
         marks = [time.perf_counter()]
         self.arena.copy_pages(plan.copies)
         self.arena.blank_pages(plan.blank)
         self.arena.copy_states(plan.state_copies)
-        self.arena.clear_states([row.table_row for row in plan.rows if row.slot == 0])
-        batches = self._builder.build(plan.rows, tables)
+        self.arena.clear_states([row.table_row for row in plan.rows if row.positions.start == 0])
+        if self._statistics is not None:
+            self._statistics.copy(plan.state_copies)
+            self._statistics.clear([row.table_row for row in plan.rows if row.first])
+        planned, chains = plan, None
+        if any(row.draft_room for row in plan.rows):
+            plan, chains = self._speculation.extend(plan, tables)
+            marks.append(time.perf_counter())
+        batches = self._forward.builder.build(plan.rows, tables)
         marks.append(time.perf_counter())
-        hidden = self._loop.run(batches)
+        hidden = self._forward.loop.run(batches)
         results = [RowResult() for _ in plan.rows]
+        self._reduce(plan, tables)
         logits = self._last_logits(plan, hidden)
         marks.append(time.perf_counter())
         if logits is not None:
             self._sample(plan, logits, results)
         self._score(plan, hidden, results)
         self._pool(plan, hidden, results)
+        if chains:
+            self._speculation.verify(planned, chains, hidden, results)
         marks.append(time.perf_counter())
-        names = ("batch", "forward", "sample")
+        drafting = () if chains is None else ("draft",)
+        names = (*drafting, "batch", "forward", "sample")
         spans = zip(names, marks, marks[1:], strict=False)
         return StepResult(results, {name: end - start for name, start, end in spans})
+
+    def _reduce(self, plan: StepPlan, tables: PageTables) -> None:
+        """Reduce or code the slots of the rows for which that is due."""
+        for row in plan.rows:
+            if row.compaction is not None:
+                assert self._statistics is not None
+                self._statistics.compact(row, row.compaction, tables)
+            if row.coded is not None:
+                fill_unit(self.arena, row, row.coded, tables)
 
     def _last_logits(self, plan: StepPlan, hidden: Tensor) -> Tensor | None:
         """Logits after the last input of every row that samples."""
@@ -89,7 +119,7 @@ class LocalRunner(Runner):
             return None
         if len(ends) < len(hidden):
             hidden = hidden[torch.tensor(ends, device=hidden.device)]
-        return self._loop.logits(hidden)
+        return self._forward.loop.logits(hidden)
 
     def _sample(self, plan: StepPlan, logits: Tensor, results: list[RowResult]) -> None:
         """Draw for all rows; a row with several samples repeats its logits."""
@@ -117,7 +147,7 @@ class LocalRunner(Runner):
         for row, result in zip(plan.rows, results, strict=True):
             count = len(row.input_ids)
             if row.pooling is not None:
-                pooled = self._loop.pool(hidden[place : place + count], row.pooling).float()
+                pooled = self._forward.loop.pool(hidden[place : place + count], row.pooling).float()
                 if not bool(torch.isfinite(pooled).all()):
                     result.error = "the embedding is not finite (NaN or infinity)"
                 result.pooled = pooled.cpu().numpy()
@@ -131,7 +161,7 @@ class LocalRunner(Runner):
             for start in range(0, len(row.score_ids), _SCORED_AT_ONCE):
                 tokens = row.score_ids[start : start + _SCORED_AT_ONCE]
                 inputs = hidden[place + start : place + start + len(tokens)]
-                logits = self._loop.logits(inputs).float()
+                logits = self._forward.loop.logits(inputs).float()
                 if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
                     result.error = "the logits of the prompt are not finite (NaN or infinity)"
                     break

@@ -8,13 +8,49 @@ import torch
 from torch import Tensor
 
 from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
+from headrace.contracts.step import PageTables, PlanRow
 from headrace.ops.device import DTYPES, empty_bytes
 from headrace.ops.paged import LayerCache, PagedPlane
 
 States = dict[str, Tensor]
 """Name of a plane -> ``[rows, heads, width]``, one entry for each row of the page tables."""
 
-_DTYPES = {**DTYPES, "int8": torch.int8}
+_DTYPES = {**DTYPES, "int8": torch.int8, "int32": torch.int32}
+
+
+Planes = dict[tuple[int, str], PagedPlane]
+"""(layer, name) -> plane."""
+
+
+def carve(pages: Tensor, group: CacheGroup, block_size: int) -> Planes:
+    """The planes of a group, one after another in ``pages``; a plane's scales come to it."""
+    found: Planes = {}
+    offset = 0
+    for layer, planes in zip(group.layers, group.planes, strict=True):
+        made = {}
+        for spec in planes:
+            made[spec.name] = _plane(pages, spec, offset, block_size)
+            offset += spec.page_bytes(block_size)
+        for name, plane in made.items():
+            plane.scales = made.get(f"{name}_scale")
+            found[layer, name] = plane
+    return found
+
+
+def _plane(pages: Tensor, spec: PlaneSpec, offset: int, block_size: int) -> PagedPlane:
+    dtype = _DTYPES[spec.dtype]
+    strip = block_size * spec.width * dtype.itemsize
+    offsets = tuple(offset + head * strip for head in range(spec.heads))
+    return PagedPlane(pages, offsets, block_size, spec.width, dtype)
+
+
+def layer_caches(planes: Planes) -> dict[int, LayerCache]:
+    """What attention reads and writes of each layer."""
+    return {
+        layer: LayerCache(key, planes.get((layer, "value"), key))
+        for (layer, name), key in planes.items()
+        if name == "key"
+    }
 
 
 class KVArena:
@@ -31,40 +67,18 @@ class KVArena:
         self.layout = layout
         memory = empty_bytes(num_pages * layout.page_bytes, device)
         self.pages = memory.view(num_pages, layout.page_bytes)
-        self._planes: dict[tuple[int, str], PagedPlane] = {}
+        self._planes: Planes = {}
         for group in layout.groups:
-            self._carve(group)
+            self._planes |= carve(self.pages, group, layout.block_size)
         self._group_of = {
             layer: index for index, group in enumerate(layout.groups) for layer in group.layers
         }
-        self._caches = {
-            layer: LayerCache(key, self._planes.get((layer, "value"), key))
-            for (layer, name), key in self._planes.items()
-            if name == "key"
-        }
+        self._caches = layer_caches(self._planes)
         self._states: dict[int, States] = {}
-        for layer, spec in layout.states:
+        for layer, spec in layout.all_states:
             shape = (num_rows, spec.heads, spec.width)
             plane = torch.zeros(shape, dtype=_DTYPES[spec.dtype], device=device)
             self._states.setdefault(layer, {})[spec.name] = plane
-
-    def _carve(self, group: CacheGroup) -> None:
-        """Make the planes of a group; a plane's scales come to it."""
-        offset = 0
-        for layer, planes in zip(group.layers, group.planes, strict=True):
-            made = {}
-            for spec in planes:
-                made[spec.name] = self._plane(spec, offset)
-                offset += spec.page_bytes(self.layout.block_size)
-            for name, plane in made.items():
-                plane.scales = made.get(f"{name}_scale")
-                self._planes[layer, name] = plane
-
-    def _plane(self, spec: PlaneSpec, offset: int) -> PagedPlane:
-        size, dtype = self.layout.block_size, _DTYPES[spec.dtype]
-        strip = size * spec.width * dtype.itemsize
-        offsets = tuple(offset + head * strip for head in range(spec.heads))
-        return PagedPlane(self.pages, offsets, size, spec.width, dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -87,6 +101,20 @@ class KVArena:
         """What ``layer`` keeps for whole sequences."""
         return self._states[layer]
 
+    @property
+    def num_tables(self) -> int:
+        """Page tables that ``group_of`` counts: a group's, unless it says otherwise."""
+        return len(self.layout.groups)
+
+    def tables_of(self, block: int, rows: Sequence[PlanRow], tables: PageTables) -> PageTables:
+        """The page tables by which attention finds the pages of these rows.
+
+        Args:
+            block: number of the rows' block in the step.
+            tables: of the engine, where no page has moved.
+        """
+        return tables
+
     def group_plane(self, group: int) -> PagedPlane:
         """Any plane of a group that holds keys: all share block size and heads."""
         return self.plane(self.layout.groups[group].layers[0], "key")
@@ -96,6 +124,17 @@ class KVArena:
         if copies:
             pairs = torch.tensor(copies, device=self.pages.device)
             self.pages[pairs[:, 1]] = self.pages[pairs[:, 0]]
+
+    def move_slots(self, layer: int, source: Tensor, kept: Tensor, target: Tensor) -> None:
+        """Copy slots of a layer to other pages, of every head others.
+
+        Args:
+            source, target: int64 ``[n]`` and ``[m]``: pages, of which none is in both.
+            kept: int64 ``[heads, m * block_size]``: slots of ``source``, in their new order.
+        """
+        for (owner, _), plane in self._planes.items():
+            if owner == layer:
+                plane.move(source, kept, target)
 
     def blank_pages(self, pages: Sequence[int]) -> None:
         """Zero pages, so that slots which are not written yet read as zeros."""

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from headrace import models
 from headrace.contracts.cache import LayerState
-from headrace.contracts.load_map import LoadMap
+from headrace.contracts.load_map import GatedNames, LoadMap
 from headrace.errors import CheckpointError
 from headrace.models.layers.rotary import RotaryEmbedding
 from headrace.ops.linear import Linear
+from headrace.ops.neurons import NeuronProduct
 from headrace.ops.paged import AttentionSpec
 from headrace.ops.recurrent import RowSpans
 from headrace.ops.table import Ops
@@ -68,6 +69,54 @@ class WeightSource(Protocol):
         """Whether the checkpoint has a tensor of that name."""
 
 
+class NeuronStep(Protocol):
+    """A step of which some inputs go through some of the inner neurons, as one layer sees it.
+
+    ``whole`` are the inputs that go through all of them and ``partial`` those that go through some,
+    int64 ``[n]``; of an input that is in both, what some make of it is the result. ``partial`` is
+    ``None`` if all inputs are whole, ``whole`` is ``None`` if all or none are.
+    """
+
+    whole: Tensor | None
+    partial: Tensor | None
+
+    def observe(self, layer: int, inner: Tensor) -> None:
+        """Take note of what the inner neurons say to the ``whole`` inputs, ``[n, neurons]``."""
+
+    def chosen(self, layer: int) -> Tensor:
+        """The neurons of each ``partial`` input, int32 ``[n, most]``, -1 behind the last."""
+
+
+class NeuronRoutes:
+    """How the inputs of the micro-batch that runs go through the inner neurons.
+
+    The layer loop sets it before the layers run.
+
+    Attributes:
+        step: ``None`` where all inputs go through all neurons and nobody takes note.
+    """
+
+    __slots__ = ("step",)
+
+    def __init__(self) -> None:
+        self.step: NeuronStep | None = None
+
+
+class DividedFeedForward(Protocol):
+    """A gated feed-forward that all inputs of a layer go through, be it in part.
+
+    Attributes:
+        names: of its weights.
+        activation: of the gate.
+    """
+
+    names: GatedNames
+    activation: Callable[[Tensor], Tensor]
+
+    def divide(self, layer: int, neurons: NeuronProduct, routes: NeuronRoutes) -> None:
+        """From now on, let inputs go through some inner neurons where ``routes`` say so."""
+
+
 class AttentionContext(Protocol):
     """The step as one layer sees it."""
 
@@ -98,7 +147,13 @@ class AttentionContext(Protocol):
 
 
 class DecoderLayer(ABC):
-    """Two half-layers on the residual stream ``[T, hidden]``; both return the new stream."""
+    """Two half-layers on the residual stream ``[T, hidden]``; both return the new stream.
+
+    Attributes:
+        gated: its feed-forward, if that is a gated one.
+    """
+
+    gated: DividedFeedForward | None = None
 
     @abstractmethod
     def mix(self, hidden: Tensor, context: AttentionContext) -> Tensor:
@@ -134,6 +189,8 @@ class DecoderModel(ABC):
     """Whether a token is computed from those before it alone; else the model makes embeddings, and
     nothing is generated.
     """
+    rotary_attention: ClassVar[bool] = True
+    """Whether positions reach it only through ``AttentionContext.attend``, as rotations."""
 
     @abstractmethod
     def __init__(self, config: dict[str, Any], weights: WeightSource, ops: Ops) -> None:

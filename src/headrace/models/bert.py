@@ -24,6 +24,7 @@ class Model(DecoderModel):
     """Every token sees all others; there are embeddings and no logits."""
 
     causal = False
+    rotary_attention = False
     root = "bert."
     """Of the names of all tensors, where a checkpoint has it."""
     first_position = 0

@@ -21,6 +21,8 @@ from headrace.models.layers.values import read_count, read_number, read_size
 class Model(Decoder):
     """Latent attention; behind the first layers, experts of which groups are chosen first."""
 
+    rotary_attention = False
+
     @staticmethod
     def parse(config: dict[str, Any]) -> DecoderConfig:
         return DecoderConfig.parse(config, head_dim=read_size(config, "qk_rope_head_dim"))

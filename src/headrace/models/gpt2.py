@@ -25,6 +25,7 @@ from headrace.ops.table import Ops
 class Model(DecoderModel):
     """Learned positions, layer norms, and projections that are stored transposed."""
 
+    rotary_attention = False
     load_map = LoadMap(
         Rule(r"(.*\.c_(?:attn|proj|fc)\.weight)", r"\1", transposed=True),
     )

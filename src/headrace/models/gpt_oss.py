@@ -67,6 +67,8 @@ class ClampedFeedForward:
     Rows of gate and up are stored in turn.
     """
 
+    gated = None
+
     def __init__(
         self,
         prefix: str,

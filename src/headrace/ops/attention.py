@@ -143,12 +143,15 @@ class Arrangement:
 
 @dataclass(slots=True)
 class PagedPlan:
-    """Pages and slots ``[T]`` to write; the arrangement of each window that was asked for."""
+    """Pages and slots ``[T]`` to write; the arrangement of each window that was asked for, or what
+    the rows see of their pasts alone.
+    """
 
     shape: StepShape
     pages: Tensor
     slots: Tensor
     by_window: dict[int | None, Arrangement] = field(default_factory=dict)
+    pasts: list[Past] = field(default_factory=list)
 
 
 class PagedAttention(Attention[PagedPlan]):
@@ -286,6 +289,28 @@ class PagedAttention(Attention[PagedPlan]):
             out[where], lse[where] = part
         return out, lse
 
+    def attend_past(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, plan: PagedPlan
+    ) -> tuple[Tensor, Tensor]:
+        shape, size = plan.shape, cache.keys.block_size
+        if not plan.pasts:
+            plan.pasts = [self._past(shape, row, size, None) for row in range(len(shape.lengths))]
+        outs, lses = [], []
+        for queries, past in zip(q.split(shape.lengths.tolist()), plan.pasts, strict=True):
+            out, lse = self._attend_past(queries.transpose(0, 1)[None], cache, spec, past)
+            outs.append(out[0].transpose(0, 1))
+            lses.append(lse[0].transpose(0, 1))
+        return torch.cat(outs), torch.cat(lses)
+
+    def _attend_past(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, past: Past
+    ) -> tuple[Tensor, Tensor]:
+        """``[1, heads, queries, width]`` attend to the past of their row."""
+        key, value = (
+            x[None, :, : past.length] for x in _gather(cache, past.pages, q.dtype, spec.value_width)
+        )
+        return self._kernel(q, key, value, spec, past.mask, False)
+
     def _attend_singles(
         self, q: Tensor, cache: LayerCache, spec: AttentionSpec, rows: SingleQueries
     ) -> tuple[Tensor, Tensor]:
@@ -315,12 +340,7 @@ class PagedAttention(Attention[PagedPlan]):
         out, lse = self._kernel(query, key, value, spec, rows.mask, causal)
         past = rows.past
         if past is not None:
-            past_key, past_value = (
-                x[None, :, : past.length]
-                for x in _gather(cache, past.pages, q.dtype, spec.value_width)
-            )
-            early = query[:, :, : past.queries]
-            before = self._kernel(early, past_key, past_value, spec, past.mask, False)
+            before = self._attend_past(query[:, :, : past.queries], cache, spec, past)
             merged = merge_attention(out[:, :, : past.queries], lse[:, :, : past.queries], *before)
             if past.queries == rows.length:
                 out, lse = merged

@@ -25,7 +25,7 @@ class ChosenAttention(Attention[ChosenPlan]):
     """The best version for each layer.
 
     Args:
-        versions: the fastest first; the last takes every cache.
+        versions: the fastest first; the last takes every cache, and does all but sum scores.
     """
 
     def __init__(self, versions: Sequence[Attention[Any]]) -> None:
@@ -43,6 +43,11 @@ class ChosenAttention(Attention[ChosenPlan]):
     def plan(self, shape: StepShape, plane: PagedPlane) -> ChosenPlan:
         return ChosenPlan(shape, plane, {})
 
+    def _made(self, plan: ChosenPlan, chosen: int) -> Any:
+        if chosen not in plan.made:
+            plan.made[chosen] = self._versions[chosen].plan(plan.shape, plan.plane)
+        return plan.made[chosen]
+
     def attend(
         self,
         q: Tensor,
@@ -56,7 +61,11 @@ class ChosenAttention(Attention[ChosenPlan]):
         score_sums: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         chosen = self._choose(cache)
-        version = self._versions[chosen]
-        if chosen not in plan.made:
-            plan.made[chosen] = version.plan(plan.shape, plan.plane)
-        return version.attend(q, k, v, cos, sin, cache, spec, plan.made[chosen], score_sums)
+        made = self._made(plan, chosen)
+        return self._versions[chosen].attend(q, k, v, cos, sin, cache, spec, made, score_sums)
+
+    def attend_past(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, plan: ChosenPlan
+    ) -> tuple[Tensor, Tensor]:
+        last = len(self._versions) - 1
+        return self._versions[last].attend_past(q, cache, spec, self._made(plan, last))

@@ -143,6 +143,11 @@ class NativeAttention(Attention[NativePlan]):
         )
         return out, lse
 
+    def attend_past(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, plan: NativePlan
+    ) -> tuple[Tensor, Tensor]:
+        raise ValueError("native attention always writes")
+
 
 def _check(
     q: Tensor,

@@ -81,6 +81,12 @@ class PagedPlane:
             self.scales.strips[head][pages, slots] = scales
         self.strips[head][pages, slots] = entries
 
+    def move(self, source: Tensor, kept: Tensor, target: Tensor) -> None:
+        """Copy the slots ``kept`` ``[heads, n]`` of ``source`` pages to fill ``target`` pages."""
+        for strip, slots in zip(self.strips, kept, strict=True):
+            entries = strip[source[slots // self.block_size], slots % self.block_size]
+            strip[target] = entries.view(len(target), self.block_size, self.width)
+
     def read(self, head: int, pages: Tensor) -> Tensor:
         """Entries of a head in ``pages``, in order: fp32 ``[len(pages) * block_size, width]``."""
         entries = self.strips[head][pages].float()
@@ -230,4 +236,22 @@ class Attention(ABC, Generic[Plan]):
 
         Raises:
             ValueError: this version does not sum scores.
+        """
+
+    @abstractmethod
+    def attend_past(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, plan: Plan
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to what was cached before the step, and write nothing.
+
+        Args:
+            q: ``[T, heads, width]``: rotated. All queries of a row see all of its past.
+            spec: without a window.
+            plan: of a step in which every row has a past.
+
+        Returns:
+            As ``attend``.
+
+        Raises:
+            ValueError: this version always writes.
         """

@@ -20,6 +20,13 @@ from headrace.ops.host import usable_cores
 from headrace.ops.linear import LinearOps, ReferenceLinear
 from headrace.ops.native_attention import NativeAttention
 from headrace.ops.native_linear import NativeLinearOps, native_rms_norm
+from headrace.ops.native_neurons import native_neurons
+from headrace.ops.neurons import (
+    GatheredNeurons,
+    NeuronProduct,
+    NeuronTensors,
+    ReferenceNeurons,
+)
 from headrace.ops.paged import Attention
 from headrace.ops.reference import ReferenceAttention
 from headrace.ops.selection import Selection, native_highest, native_lowest_kept
@@ -48,6 +55,7 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
     attention: Attention[Any]
+    neurons: Callable[[NeuronTensors], NeuronProduct]
     selection: Selection = field(default_factory=Selection)
     isa: str = TORCH
     threads: int = 1
@@ -57,13 +65,18 @@ VERSIONS: dict[str, dict[str, Callable[..., object]]] = {
     "linear": {"reference": ReferenceLinear, "torch_cpu": torch_cpu.TorchCpuLinear},
     "rms_norm": {"reference": reference.rms_norm, "torch_cpu": torch_cpu.rms_norm},
     "silu_and_mul": {"reference": reference.silu_and_mul, "torch_cpu": torch_cpu.silu_and_mul},
+    "neurons": {
+        "reference": partial(ReferenceNeurons, rms_norm=reference.rms_norm),
+        "gathered": partial(GatheredNeurons, rms_norm=reference.rms_norm),
+    },
     "attention": {
         "reference": lambda device, dtype: ReferenceAttention(device),
         "matmul": lambda device, dtype: PagedAttention(matmul_kernel, device, dtype),
         "flash": lambda device, dtype: PagedAttention(flash_kernel, device, dtype),
     },
 }
-"""Operation -> version -> function on plain tensors (for linear and attention: its constructor).
+"""Operation -> version -> function on plain tensors (for linear, neurons and attention: its
+constructor).
 The cross-tests run every version against "reference"."""
 
 
@@ -115,6 +128,9 @@ def make_ops(
         rms_norm=torch_cpu.rms_norm if fast_cpu else reference.rms_norm,
         silu_and_mul=torch_cpu.silu_and_mul if fast_cpu else reference.silu_and_mul,
         attention=attention,
+        neurons=partial(
+            GatheredNeurons, rms_norm=torch_cpu.rms_norm if fast_cpu else reference.rms_norm
+        ),
         threads=count,
     )
 
@@ -131,6 +147,7 @@ def native_ops(context: _native.Context) -> Ops:
         attention=ChosenAttention(
             [NativeAttention(context), PagedAttention(flash_kernel, "cpu", torch.bfloat16)]
         ),
+        neurons=partial(native_neurons, context),
         selection=Selection(partial(native_highest, context), partial(native_lowest_kept, context)),
         isa=context.isa,
         threads=context.threads,

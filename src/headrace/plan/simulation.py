@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from headrace.config import EngineConfig
 from headrace.contracts.cache import CacheLayout, attention_layout
-from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.outputs import RequestMetrics, TokenLogprobs
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import (
@@ -41,7 +40,8 @@ class LinearCost:
 
     def seconds(self, plan: StepPlan) -> float:
         """Predicted duration of a plan."""
-        slots = sum(row.slot + len(row.input_ids) for row in plan.rows)
+        slots = sum(row.slot - row.begin + len(row.input_ids) for row in plan.rows)
+        slots += sum(segment.length for row in plan.rows for segment in row.segments)
         work = max(self.weights, plan.num_inputs * self.per_input)
         return self.step + work + slots * self.per_slot
 
@@ -148,7 +148,6 @@ def simulated_engine(
     cost: LinearCost | None = None,
     draw_token: Callable[[], int] | None = None,
     eos_token_ids: tuple[int, ...] = (),
-    kv_policy: KVPolicy | None = None,
     causal: bool = True,
 ) -> tuple[Engine, VirtualClock]:
     """The composition that ``LLM`` uses, around a ``SimRunner`` on a virtual clock."""
@@ -176,7 +175,6 @@ def simulated_engine(
         limits=limits,
         runner=runner,
         clock=clock,
-        kv_policy=kv_policy,
         causal=causal,
     )
     return engine, clock

@@ -176,6 +176,7 @@ class Endpoints:
                 dimensions=body.dimensions,
                 priority=body.priority,
                 adapter=self._adapter(model),
+                methods=body.methods,
             )
             for i, ids in enumerate(texts)
         ]
@@ -232,7 +233,7 @@ class Endpoints:
     async def _answer(
         self, request: Request, body: GenerationRequest, prompts: list[list[int]], form: Renderer
     ) -> Response:
-        changes = self._generate(prompts, form, body.priority)
+        changes = self._generate(prompts, form, body)
         if body.stream:
             options = body.stream_options
             include_usage = options is not None and options.include_usage
@@ -241,7 +242,7 @@ class Endpoints:
         return json_response(form.whole(outputs))
 
     async def _generate(
-        self, prompts: list[list[int]], form: Renderer, priority: int
+        self, prompts: list[list[int]], form: Renderer, body: GenerationRequest
     ) -> AsyncGenerator[Changes, None]:
         """Run all prompts; the first failure ends all, and so does closing this early."""
         streams = [
@@ -249,8 +250,9 @@ class Endpoints:
                 prompt,
                 form.params,
                 f"{form.request_id}-{i}",
-                priority=priority,
+                priority=body.priority,
                 adapter=self._adapter(form.model),
+                methods=body.methods,
             )
             for i, prompt in enumerate(prompts)
         ]

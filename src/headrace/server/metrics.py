@@ -28,6 +28,12 @@ _COUNTERS = {
     "steps": ("headrace_steps", "Steps of the engine."),
     "aborted": ("headrace_requests_aborted", "Requests given up by their clients."),
     "failed": ("headrace_requests_failed", "Requests that failed while running."),
+    "drafts": ("headrace_spec_decode_num_drafts", "Times that tokens were drafted."),
+    "draft_tokens": ("headrace_spec_decode_num_draft_tokens", "Tokens drafted."),
+    "accepted_tokens": (
+        "headrace_spec_decode_num_accepted_tokens",
+        "Drafted tokens that were accepted.",
+    ),
 }
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 

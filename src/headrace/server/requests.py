@@ -138,6 +138,10 @@ class StreamOptions(StrictModel):
     include_obfuscation: bool = False
 
 
+MethodChoice = dict[str, dict[str, bool | int | float | str]]
+"""Name of a method -> options of the request."""
+
+
 class RequestBody(StrictModel):
     """What the body of every route has."""
 
@@ -158,6 +162,7 @@ class GenerationRequest(RequestBody):
     """The fields that both kinds of generation share. The second group has no effect here."""
 
     logprob_fields: ClassVar[tuple[str, ...]]
+    methods: MethodChoice | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     priority: int = 0
@@ -264,6 +269,7 @@ class EmbeddingRequest(RequestBody):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1)] | None = None
     priority: int = 0
+    methods: MethodChoice | None = None
 
     user: str | None = None
 

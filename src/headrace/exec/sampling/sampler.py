@@ -23,7 +23,7 @@ from headrace.exec.sampling.steps import (
 )
 from headrace.ops.selection import Selection
 
-_NOT_FINITE = "no token can be drawn: the logits are not finite (NaN or infinity)"
+NOT_FINITE = "no token can be drawn: the logits are not finite (NaN or infinity)"
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
@@ -61,6 +61,59 @@ class Sampler:
         """
         reporting = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         logprobs = _logprobs(logits, reporting) if reporting else None
+        scores, highest, tokens, usable = self._change(logits, states)
+        drawing = [i for i, s in enumerate(states) if usable[i] and not s.params.greedy]
+        cut = [i for i in drawing if any(cut.asked(states[i]) for cut in self.cuts)]
+        free = [i for i in drawing if i not in cut]
+        for rows, draw in ((free, self._draw_freely), (cut, self._draw_cut)):
+            if rows:
+                index = torch.tensor(rows, device=scores.device)
+                shifted = wide.take(scores, index) - wide.take(highest, index)
+                tokens[index] = draw(shifted, [states[row] for row in rows])
+        drawn = [
+            Drawn(token) if ok else Drawn(error=NOT_FINITE)
+            for token, ok in zip(tokens.tolist(), usable, strict=True)
+        ]
+        if logprobs is not None:
+            _report(logprobs, [drawn[row] for row in reporting], [states[row] for row in reporting])
+        return drawn
+
+    def distributions(
+        self, logits: Tensor, states: Sequence[SampleState]
+    ) -> tuple[Tensor, list[bool]]:
+        """The probabilities with which ``sample`` would draw each token of each row.
+
+        Args:
+            logits: ``[R, vocab]``, which may be changed.
+
+        Returns:
+            fp32 ``[R, width]``, the vocabulary padded to whole blocks, and for each row whether its
+            logits are finite; else the row is zero.
+        """
+        scores, highest, tokens, usable = self._change(logits, states)
+        weights = torch.zeros_like(scores)
+        for row, state in enumerate(states):
+            if usable[row] and state.params.greedy:
+                weights[row, tokens[row]] = 1.0
+        drawing = [i for i, s in enumerate(states) if usable[i] and not s.params.greedy]
+        if drawing:
+            index = torch.tensor(drawing, device=scores.device)
+            chosen = [states[row] for row in drawing]
+            shifted = _heat(wide.take(scores, index) - wide.take(highest, index), chosen)
+            candidates = Candidates(shifted, self._selection)
+            for cut in self.cuts:
+                if any(map(cut.asked, chosen)):
+                    cut(candidates, chosen)
+            drawn = candidates.weights()
+            weights[index] = drawn / wide.total(drawn).float()
+        return weights, usable
+
+    def _change(
+        self, logits: Tensor, states: Sequence[SampleState]
+    ) -> tuple[Tensor, Tensor, Tensor, list[bool]]:
+        """Scores ``[R, width]`` after all changes, their highest ``[R, 1]`` and its place ``[R]``,
+        and whether each row is finite.
+        """
         scores = wide.pad(logits.float())
         highest, tokens = self._selection.highest(scores)
         usable = [math.isfinite(value) for [value] in highest.tolist()]
@@ -73,21 +126,7 @@ class Sampler:
             usable = [
                 ok and math.isfinite(value) for ok, [value] in zip(usable, changed, strict=True)
             ]
-        drawing = [i for i, s in enumerate(states) if usable[i] and not s.params.greedy]
-        cut = [i for i in drawing if any(cut.asked(states[i]) for cut in self.cuts)]
-        free = [i for i in drawing if i not in cut]
-        for rows, draw in ((free, self._draw_freely), (cut, self._draw_cut)):
-            if rows:
-                index = torch.tensor(rows, device=scores.device)
-                shifted = wide.take(scores, index) - wide.take(highest, index)
-                tokens[index] = draw(shifted, [states[row] for row in rows])
-        drawn = [
-            Drawn(token) if ok else Drawn(error=_NOT_FINITE)
-            for token, ok in zip(tokens.tolist(), usable, strict=True)
-        ]
-        if logprobs is not None:
-            _report(logprobs, [drawn[row] for row in reporting], [states[row] for row in reporting])
-        return drawn
+        return scores, highest, tokens, usable
 
     def _draw_freely(self, scores: Tensor, states: Sequence[SampleState]) -> Tensor:
         """``[R]`` tokens for ``scores`` ``[R, width]`` whose highest is 0; they are used up."""

@@ -34,14 +34,16 @@ def column(
     return torch.tensor(values, device=device).unsqueeze(1)
 
 
-def uniform_numbers(states: Sequence[SampleState]) -> npt.NDArray[np.float32]:
-    """One number in [0, 1) per row: a hash of its seed and of how many tokens it has.
+def uniform_numbers(states: Sequence[SampleState], stream: int = 0) -> npt.NDArray[np.float32]:
+    """One number in [0, 1) per row: a hash of its seed, of how many tokens it has, and of what it
+    is for, which ``stream`` numbers.
 
     SplitMix64 (Fast Splittable Pseudorandom Number Generators, section 5).
     """
     seeds = np.array([s.seed & (2**64 - 1) for s in states], dtype=np.uint64)
     draws = np.array([len(s.output_token_ids) + 1 for s in states], dtype=np.uint64)
-    mixed = _mix(_mix(seeds) + draws * np.uint64(0x9E3779B97F4A7C15))
+    streams = np.uint64(stream * 0xD1B54A32D192ED03 & 2**64 - 1)
+    mixed = _mix(_mix(seeds) + draws * np.uint64(0x9E3779B97F4A7C15) + streams)
     return (mixed >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
 
 
@@ -184,6 +186,10 @@ class Candidates:
         if len(unsettled):
             tokens[unsettled] = wide.locate(self._all_weights(unsettled), numbers[unsettled])
         return tokens
+
+    def weights(self) -> Tensor:
+        """``[R, width]``: of every token, 0 for those that are out."""
+        return self._all_weights(torch.arange(len(self.scores), device=self.scores.device))
 
     def _unsettled(self) -> Tensor:
         """Rows ``[R]`` that may keep tokens beyond the likeliest."""

@@ -6,8 +6,10 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from headrace.contracts.kv_policy import KVPolicy, SealedPages
+from headrace.contracts.method import MethodCard, Property
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,17 @@ class RandomEviction(KVPolicy):
         keep: share of the pages that stays, above 0 and up to 1.
         seed: of the draws.
     """
+
+    card: ClassVar[MethodCard] = MethodCard(
+        title="",
+        summary="Keeps a share of the KV pages, whichever: what every policy must beat.",
+        guarantee="lossy",
+        requires=frozenset(
+            {Property.TOKEN_ORDER, Property.PLAIN_ENTRIES, Property.FED_TOKENS_STAY}
+        ),
+        breaks=frozenset({Property.WHOLE_PAST}),
+        request_options=("keep", "seed"),
+    )
 
     keep: float = 0.25
     seed: int = 0

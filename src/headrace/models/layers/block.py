@@ -35,6 +35,7 @@ class PreNormBlock(DecoderLayer):
     ) -> None:
         self._mixer, self._mixer_norm = mixer, mixer_norm
         self._feed, self._feed_norm = feed, feed_norm
+        self.gated = feed.gated
 
     def mix(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         return self._mixer(hidden, context, norm=self._mixer_norm, residual=hidden)
@@ -56,6 +57,7 @@ class SandwichBlock(DecoderLayer):
     ) -> None:
         self._mixer, self._mixer_norms = mixer, mixer_norms
         self._feed, self._feed_norms, self._ops = feed, feed_norms, ops
+        self.gated = feed.gated
 
     def mix(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         before, behind = self._mixer_norms

@@ -78,6 +78,8 @@ class MixtureOfExperts:
         shared_gate: ``[hidden]``: the sigmoid of its product with a token weighs ``shared``.
     """
 
+    gated = None
+
     def __init__(
         self,
         router: Router,

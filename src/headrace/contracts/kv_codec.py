@@ -1,0 +1,128 @@
+"""What stores older keys and values in fewer bytes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from headrace.contracts.cache import ALIGNMENT, ITEM_BYTES, CacheLayout, layout_of
+from headrace.contracts.method import Method, ModelFacts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CodedPart:
+    """One tensor of what a codec makes of a unit of slots in one layer.
+
+    Args:
+        shape, dtype: of the tensor, by torch's name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in a page, up to where the next part may begin."""
+        size = prod(self.shape) * ITEM_BYTES[self.dtype]
+        return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class KVCodec(Method):
+    """Stores keys and values in fewer bytes, a unit of tokens at a time.
+
+    Whenever a unit is full it is coded as a whole, and never again; the tokens behind the last
+    one are cached as they are. No step feeds beyond the end of a unit, so that what a token sees
+    does not depend on the chunks that a text is read in. Keys are coded as they are cached,
+    rotated. Units are shared by their tokens as pages are.
+    """
+
+    __slots__ = ()
+
+    def check(self, model: ModelFacts) -> None:
+        """It needs a model that generates, of whose tokens every layer keeps keys and values."""
+        if not model.causal:
+            raise ValueError("needs a model that generates; this one reads texts as a whole")
+        for layer in model.layers:
+            names = {plane.name for plane in layer.planes}
+            if layer.window is not None or names != {"key", "value"}:
+                raise ValueError(
+                    "needs layers that keep plain keys and values of all tokens; some here have a "
+                    "window, int8 entries, a latent or a state"
+                )
+        coded_unit(self, layout_of(model.layers, model.block_size))
+
+    @abstractmethod
+    def unit_slots(self, block_size: int) -> int:
+        """Slots of a unit, a multiple of ``block_size``."""
+
+    @abstractmethod
+    def parts(self, heads: int, unit: int, width: int) -> tuple[CodedPart, ...]:
+        """What a unit becomes in a layer of so many KV heads of that width."""
+
+    @abstractmethod
+    def encode(self, keys: Tensor, values: Tensor) -> Mapping[str, Tensor]:
+        """Code a unit, fp32 ``[heads, unit, width]`` each; the parts by their names."""
+
+    @abstractmethod
+    def decode(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values, fp32 ``[n, heads, unit, width]``, of parts ``[n, *shape]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodedPlace:
+    """Where a part of a layer is in the pages of a unit.
+
+    Args:
+        page: of the unit's; offset: in bytes, from its beginning.
+    """
+
+    part: CodedPart
+    page: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class CodedUnit:
+    """A unit as the arena stores it: so many pages, and where they have what of each layer."""
+
+    slots: int
+    pages: int
+    places: Mapping[int, Sequence[CodedPlace]]
+
+
+def coded_unit(codec: KVCodec, layout: CacheLayout) -> CodedUnit:
+    """How units of a codec lie in pages of a layout, each part where there is room first.
+
+    Raises:
+        ValueError: a part is larger than a page, or units take no fewer pages than they did.
+    """
+    slots = codec.unit_slots(layout.block_size)
+    [group] = layout.groups
+    used: list[int] = []
+    places: dict[int, list[CodedPlace]] = {}
+    for layer, planes in zip(group.layers, group.planes, strict=True):
+        for part in codec.parts(planes[0].heads, slots, planes[0].width):
+            size = part.num_bytes
+            if size > layout.page_bytes:
+                raise ValueError(
+                    f"a unit of {slots} tokens does not fit pages of {layout.page_bytes} bytes; "
+                    "make units shorter, or raise block_size"
+                )
+            page = next((i for i, n in enumerate(used) if n + size <= layout.page_bytes), len(used))
+            if page == len(used):
+                used.append(0)
+            places.setdefault(layer, []).append(CodedPlace(part, page, used[page]))
+            used[page] += size
+    if len(used) >= layout.pages_for(slots):
+        raise ValueError(
+            f"{slots} tokens take {len(used)} pages coded and {layout.pages_for(slots)} as they "
+            "are; make units longer"
+        )
+    return CodedUnit(slots, len(used), places)

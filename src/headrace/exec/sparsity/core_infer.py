@@ -1,0 +1,70 @@
+"""CoreInfer: what is generated goes through the neurons that mattered most to the prompt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from headrace.contracts.cache import PlaneSpec
+from headrace.contracts.method import MethodCard, Property
+from headrace.exec.neurons import NeuronMethod
+
+_COUNTS = "core_counts"
+
+
+@dataclass(frozen=True, slots=True)
+class CoreInfer(NeuronMethod):
+    """Generate with the neurons that are most often among the core neurons of the prompt's tokens.
+
+    The core neurons of a token are those that it activates most strongly (section 3.1); those of a
+    sentence are the most frequent among them, and are fixed at the end of the prompt (section 4).
+
+    Args:
+        keep: share of a layer's neurons that generated tokens go through.
+        core: share of the neurons with a positive activation that are a token's core.
+    """
+
+    card: ClassVar[MethodCard] = MethodCard(
+        title=(
+            "CoreInfer: Accelerating Large Language Model Inference with Semantics-Inspired "
+            "Adaptive Sparse Activation"
+        ),
+        summary="Generates with the feed-forward neurons that the prompt activates most often.",
+        guarantee="lossy",
+        requires=frozenset({Property.ALL_NEURONS, Property.IN_MEMORY}),
+        breaks=frozenset({Property.ALL_NEURONS}),
+        request_options=("keep", "core"),
+    )
+    keep: float = 0.4
+    core: float = 0.4
+
+    def __post_init__(self) -> None:
+        for name, share in (("keep", self.keep), ("core", self.core)):
+            if not 0 < share <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {share}")
+
+    def statistics(self, neurons: int) -> tuple[PlaneSpec, ...]:
+        """Of how many tokens each neuron was a core neuron."""
+        return (PlaneSpec(_COUNTS, "sequence", 1, neurons, "float32"),)
+
+    def kept(self, neurons: int) -> int:
+        return math.ceil(self.keep * neurons)
+
+    def observe(self, inner: Tensor, statistics: Mapping[str, Tensor]) -> None:
+        positive = inner > 0
+        sizes = (positive.sum(1, keepdim=True).double() * self.core).ceil().long()
+        most = max(1, int(sizes.max()))
+        # Of a token that activates nothing, any neuron may be looked up: none is positive.
+        lowest = inner.topk(most, dim=1).values.gather(1, (sizes - 1).clamp_min(0))
+        statistics[_COUNTS] += (positive & (inner >= lowest)).sum(0)
+
+    def choose(self, statistics: Mapping[str, Tensor]) -> Tensor:
+        """The most frequent; among equals, the first."""
+        [counts] = statistics[_COUNTS]
+        order = counts.argsort(descending=True, stable=True)
+        chosen: Tensor = order[: self.kept(len(counts))].sort().values
+        return chosen
