@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,9 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     by_neuron = NeuronLoader(checkpoint, architecture.load_map, ops, loader.plan)
     neurons = methods.open_neurons(model, by_neuron)
     loader.num_bytes += neurons.num_bytes if neurons else 0
-    layout = replace(layout, method_states=neurons.planes if neurons else ())
+    depth = methods.open_depth(model, ops)
+    planes = [part.planes for part in (neurons, depth) if part]
+    layout = replace(layout, method_states=tuple(chain(*planes)))
     chunk = step_inputs(config, device, shape.context, architecture.causal)
     num_pages = size_arena(config, layout, shape.context, chunk, device, loader.mapped_bytes)
     context = fit_context(config, layout, num_pages, shape.context, chunk)
@@ -156,7 +159,7 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
     arena = KVArena(layout, num_pages, device.name, config.max_num_seqs)
     methods.open_taps(lambda: trace_shapes(model, arena, ops), ops)
     statistics = make_statistics(methods, arena, context, config.max_num_seqs)
-    extensions = Extensions(loader.bank.routes, methods.taps, statistics, neurons)
+    extensions = Extensions(loader.bank.routes, methods.taps, statistics, neurons, depth)
     forward = Forward(model, arena, ops, extensions)
     load_second = partial(_load_second, config, ops, plan, tokenizer, cache_dtype)
     methods.open_drafters(forward, sampler, load_second, config.max_num_seqs, context)

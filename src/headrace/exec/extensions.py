@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from headrace.exec.depth import DepthRouter
 from headrace.exec.neurons import NeuronRouter
 from headrace.exec.slot_statistics import SlotStatistics
 from headrace.exec.taps import Tap
@@ -21,9 +22,11 @@ class Extensions:
         taps: name of a method -> what it has made ready.
         statistics: what policies of slots note of attention.
         neurons: sends inputs through some of the inner neurons.
+        depth: lets rows leave before the last layer.
     """
 
     routes: AdapterRoutes = field(default_factory=AdapterRoutes)
     taps: Mapping[str, Tap[Any]] = field(default_factory=dict)
     statistics: SlotStatistics | None = None
     neurons: NeuronRouter | None = None
+    depth: DepthRouter | None = None

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.contracts.step import Pooling
+from headrace.contracts.step import PlanRow, Pooling
 from headrace.exec.batch import ForwardBatch
 from headrace.exec.coded_past import attend_coded
+from headrace.exec.depth import Route
 from headrace.exec.extensions import Extensions
 from headrace.exec.page_view import PageView
 from headrace.exec.taps import Site
@@ -143,7 +144,7 @@ class LayerContext:
         return self._arena.states(layer)
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
-        """What layer ``layer`` gets of the residual stream ``[T, hidden]``."""
+        """What layer ``layer``, or what comes behind the last, gets of ``[T, hidden]``."""
         return self._tap("hidden", layer, hidden)
 
 
@@ -163,17 +164,58 @@ class LayerLoop:
         hidden = [self._run_layers(batch, view) for batch in batches]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
+    def run_routed(
+        self,
+        batches: Sequence[ForwardBatch],
+        route: Route,
+        build: Callable[[Sequence[PlanRow]], Sequence[ForwardBatch]],
+    ) -> Tensor:
+        """The same where rows may leave: all micro-batches reach an exit before any goes on.
+
+        Args:
+            build: micro-batches of the rows that go on.
+        """
+        hidden = torch.cat([self._embed(batch) for batch in batches])
+        first = 0
+        for layer in route.exits:
+            hidden = self._run_between(batches, hidden, first, layer)
+            first = layer
+            parted = route.part(layer, hidden)
+            if parted is not None:
+                hidden, batches = parted, build(route.rows) if route.rows else ()
+        return route.join(self._run_between(batches, hidden, first, len(self._model.layers)))
+
+    def _run_between(
+        self, batches: Sequence[ForwardBatch], hidden: Tensor, first: int, end: int
+    ) -> Tensor:
+        """Layers ``first`` up to ``end`` on the residual stream of all micro-batches."""
+        parts = hidden.split([len(batch.input_ids) for batch in batches]) if batches else ()
+        passed = [
+            self._pass(part, self._enter(batch, None), first, end)
+            for batch, part in zip(batches, parts, strict=True)
+        ]
+        return torch.cat(passed) if passed else hidden
+
     def _run_layers(self, batch: ForwardBatch, view: PageView | None) -> Tensor:
+        context = self._enter(batch, view)
+        return self._pass(self._embed(batch), context, 0, len(self._model.layers))
+
+    def _enter(self, batch: ForwardBatch, view: PageView | None) -> LayerContext:
         extensions = self._extensions
-        context = LayerContext(batch, self._arena, self._ops, extensions, view)
         extensions.routes.rows = batch.adapted
         if extensions.neurons is not None:
             extensions.neurons.routes.step = batch.neurons
-        hidden = self._model.embed(batch.input_ids, batch.positions)
-        for index, layer in enumerate(self._model.layers):
-            hidden = layer.mix(context.enter(index, hidden), context)
-            hidden = layer.feed(hidden)
-        return hidden
+        return LayerContext(batch, self._arena, self._ops, extensions, view)
+
+    def _embed(self, batch: ForwardBatch) -> Tensor:
+        return self._model.embed(batch.input_ids, batch.positions)
+
+    def _pass(self, hidden: Tensor, context: LayerContext, first: int, end: int) -> Tensor:
+        layers = self._model.layers
+        for index in range(first, end):
+            hidden = layers[index].mix(context.enter(index, hidden), context)
+            hidden = layers[index].feed(hidden)
+        return hidden if end < len(layers) else context.enter(end, hidden)
 
     def pool(self, hidden: Tensor, pooling: Pooling) -> Tensor:
         """``[T, hidden]`` of a row -> ``[hidden]``: of the last or first input, or the sum."""

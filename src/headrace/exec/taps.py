@@ -17,7 +17,7 @@ Chosen = TypeVar("Chosen", bound=Method)
 Site = Literal["query", "key", "value", "attention", "hidden"]
 """Queries and keys before rotation, and values, ``[T, heads, width]``; what attention makes of
 them for each query head, ``[T, heads, width]``; the residual stream that enters a layer,
-``[T, hidden]``."""
+``[T, hidden]``; the one that leaves the last is said to enter another one behind it."""
 SITES: tuple[Site, ...] = ("query", "key", "value", "attention", "hidden")
 
 SiteShapes = Mapping[tuple[Site, int], tuple[int, ...]]

@@ -30,7 +30,14 @@ class HogwildInference(GangMethod):
         title="Hogwild! Inference: Parallel LLM Generation via Concurrent Attention",
         summary="The completions of a request are workers that see each other's tokens at once.",
         guarantee="lossy",
-        requires=frozenset({Property.WHOLE_PAST, Property.OWN_CONTEXT, Property.FED_TOKENS_STAY}),
+        requires=frozenset(
+            {
+                Property.WHOLE_PAST,
+                Property.OWN_CONTEXT,
+                Property.FULL_DEPTH,
+                Property.FED_TOKENS_STAY,
+            }
+        ),
         breaks=frozenset({Property.OWN_CONTEXT}),
         request_options=("header",),
     )

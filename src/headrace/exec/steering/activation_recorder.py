@@ -25,7 +25,7 @@ class ActivationRecorder(TapMethod):
         title="",
         summary="Keeps activations where tokens are drawn from, for probes and directions.",
         guarantee="exact",
-        requires=frozenset({Property.FED_TOKENS_STAY}),
+        requires=frozenset({Property.FULL_DEPTH, Property.FED_TOKENS_STAY}),
     )
 
     at: str = "attention"

@@ -43,7 +43,12 @@ class Gear(KVCodec):
         summary="Stores older keys and values in few bits, mended by low rank and outliers.",
         guarantee="lossy",
         requires=frozenset(
-            {Property.TOKEN_ORDER, Property.PLAIN_ENTRIES, Property.FED_TOKENS_STAY}
+            {
+                Property.TOKEN_ORDER,
+                Property.PLAIN_ENTRIES,
+                Property.FULL_DEPTH,
+                Property.FED_TOKENS_STAY,
+            }
         ),
         breaks=frozenset({Property.PLAIN_ENTRIES}),
     )

@@ -38,7 +38,12 @@ class Kivi(KVCodec):
         summary="Stores older keys and values in few bits: keys by channel, values by token.",
         guarantee="lossy",
         requires=frozenset(
-            {Property.TOKEN_ORDER, Property.PLAIN_ENTRIES, Property.FED_TOKENS_STAY}
+            {
+                Property.TOKEN_ORDER,
+                Property.PLAIN_ENTRIES,
+                Property.FULL_DEPTH,
+                Property.FED_TOKENS_STAY,
+            }
         ),
         breaks=frozenset({Property.PLAIN_ENTRIES}),
     )

@@ -28,7 +28,12 @@ class HeavyHitterOracle(SlotPolicy):
         summary="Keeps a fixed number of slots: the newest, and those with most attention so far.",
         guarantee="lossy",
         requires=frozenset(
-            {Property.TOKEN_ORDER, Property.PLAIN_ENTRIES, Property.FED_TOKENS_STAY}
+            {
+                Property.TOKEN_ORDER,
+                Property.PLAIN_ENTRIES,
+                Property.FULL_DEPTH,
+                Property.FED_TOKENS_STAY,
+            }
         ),
         breaks=frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST}),
     )

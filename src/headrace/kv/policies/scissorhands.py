@@ -35,7 +35,12 @@ class Scissorhands(SlotPolicy):
         summary="Keeps a fixed number of slots, in every head those that stood out most often.",
         guarantee="lossy",
         requires=frozenset(
-            {Property.TOKEN_ORDER, Property.PLAIN_ENTRIES, Property.FED_TOKENS_STAY}
+            {
+                Property.TOKEN_ORDER,
+                Property.PLAIN_ENTRIES,
+                Property.FULL_DEPTH,
+                Property.FED_TOKENS_STAY,
+            }
         ),
         breaks=frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST}),
     )

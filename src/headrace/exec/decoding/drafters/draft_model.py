@@ -34,7 +34,7 @@ class DraftModel(DrafterMethod):
         title="Fast Inference from Transformers via Speculative Decoding",
         summary="Lets a small model draw tokens ahead, which the model checks all at once.",
         guarantee="distribution",
-        requires=frozenset({Property.WHOLE_PAST, Property.FED_TOKENS_STAY}),
+        requires=frozenset({Property.WHOLE_PAST, Property.FULL_DEPTH, Property.FED_TOKENS_STAY}),
         breaks=frozenset({Property.FED_TOKENS_STAY}),
         request_options=("length", "adaptive"),
     )
