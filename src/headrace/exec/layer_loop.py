@@ -144,8 +144,12 @@ class LayerContext:
         return self._arena.states(layer)
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
-        """What layer ``layer``, or what comes behind the last, gets of ``[T, hidden]``."""
+        """What layer ``layer`` gets of the residual stream ``[T, hidden]``."""
         return self._tap("hidden", layer, hidden)
+
+    def leave(self, layer: int, hidden: Tensor) -> Tensor:
+        """What goes on from the last layer of the residual stream ``[T, hidden]``."""
+        return self._tap("final", layer, hidden)
 
 
 class LayerLoop:
@@ -215,7 +219,7 @@ class LayerLoop:
         for index in range(first, end):
             hidden = layers[index].mix(context.enter(index, hidden), context)
             hidden = layers[index].feed(hidden)
-        return hidden if end < len(layers) else context.enter(end, hidden)
+        return hidden if end < len(layers) else context.leave(end - 1, hidden)
 
     def pool(self, hidden: Tensor, pooling: Pooling) -> Tensor:
         """``[T, hidden]`` of a row -> ``[hidden]``: of the last or first input, or the sum."""

@@ -18,7 +18,8 @@ class ActivationRecorder(TapMethod):
     """Keep what passes a site at every input that a token is drawn from.
 
     Args:
-        at: the site: query, key, value, attention or hidden.
+        at: the site: query, key, value, attention, hidden (what enters a layer) or final (what
+            leaves the last).
     """
 
     card: ClassVar[MethodCard] = MethodCard(
