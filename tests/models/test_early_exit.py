@@ -361,29 +361,30 @@ def test_layers_of_other_kinds(expectations: Callable[[str], Expected], name: st
         assert {1, expected.model.config.num_hidden_layers} <= set(depths)
 
 
+@pytest.fixture(scope="module")
+def tuned(expected: Expected, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads for both exits, out of what a recorder has kept."""
+    params = SamplingParams(seed=0, max_tokens=120, ignore_eos=True, detokenize=False)
+    kept: dict[str, Any] = {}
+    for site in ("hidden", "final"):
+        with load(expected.directory, methods=(f"activation-recorder:at={site}",)) as llm:
+            llm.generate([prompt_of(3, seed) for seed in range(48)], params)
+            recorder: Any = llm.methods.taps["activation-recorder"]
+            kept[site] = {layer: torch.stack(rows) for layer, rows in recorder.take().items()}
+    assert sorted(kept["hidden"]) == list(range(LAYERS))
+    assert list(kept["final"]) == [LAYERS - 1]
+    found = {}
+    for exit in EXITS:
+        fitted = fit_exit(kept["hidden"][exit], kept["final"][LAYERS - 1])
+        for name, tensor in fitted.items():
+            found[f"{exit}.{name}"] = tensor
+    path = tmp_path_factory.mktemp("heads") / "heads.safetensors"
+    save_file(found, path)
+    return path
+
+
 class TestHeads:
     """What is fitted to the model's own results agrees with the model more often."""
-
-    @pytest.fixture(scope="class")
-    def tuned(self, expected: Expected, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Heads for both exits, out of what a recorder has kept."""
-        params = SamplingParams(seed=0, max_tokens=120, ignore_eos=True, detokenize=False)
-        kept: dict[str, Any] = {}
-        for site in ("hidden", "final"):
-            with load(expected.directory, methods=(f"activation-recorder:at={site}",)) as llm:
-                llm.generate([prompt_of(3, seed) for seed in range(48)], params)
-                recorder: Any = llm.methods.taps["activation-recorder"]
-                kept[site] = {layer: torch.stack(rows) for layer, rows in recorder.take().items()}
-        assert sorted(kept["hidden"]) == list(range(LAYERS))
-        assert list(kept["final"]) == [LAYERS - 1]
-        found = {}
-        for exit in EXITS:
-            fitted = fit_exit(kept["hidden"][exit], kept["final"][LAYERS - 1])
-            for name, tensor in fitted.items():
-                found[f"{exit}.{name}"] = tensor
-        path = tmp_path_factory.mktemp("heads") / "heads.safetensors"
-        save_file(found, path)
-        return path
 
     def maps(self, tuned: Path) -> dict[int, Map]:
         found = load_file(tuned)
