@@ -347,6 +347,22 @@ def test_what_is_shared(expected: Expected) -> None:
         assert llm.stats().pages_cached == 4 + 2 + 7, "prompts alone are kept"
 
 
+def test_beside_neurons_in_part(expected: Expected) -> None:
+    """Tokens that waited go through the neurons of their own request, bit for bit."""
+    params = greedy(9, logit_bias={7: 100.0})
+    found = []
+    for more in ((), (f"{METHOD},threshold=0",)):
+        methods = ("core-infer:keep=0.3", *more)
+        with load(expected.directory, methods=methods, reference=True) as llm:
+            recorder = LogitsRecorder(llm)
+            outputs = llm.generate([prompt_of(9), prompt_of(14)], params)
+            assert all(set(each.outputs[0].token_ids) == {7} for each in outputs)
+            found.append([recorder.logits(output) for output in outputs])
+    for alone, beside in zip(*found, strict=True):
+        same = [torch.equal(*pair) for pair in zip(alone, beside, strict=True)]
+        assert same == [True, False, False, False, True, False, False, False, True]
+
+
 @pytest.mark.parametrize("name", ["qwen3_next", "smollm3"])
 def test_layers_of_other_kinds(expectations: Callable[[str], Expected], name: str) -> None:
     """Recurrent states too are those of the tokens that a layer has seen."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -148,28 +149,19 @@ class DepthRouter:
             )
             for number, (row, method) in enumerate(zip(rows, chosen, strict=True))
         ]
-        return Route(ways, states, self._method.most_waiting, self._answer(head))
+        return Route(ways, states, self._method.most_waiting, partial(self._answer, head=head))
 
-    def _answer(self, head: Head) -> _Answer:
+    def _answer(
+        self, layer: int, hidden: Tensor, methods: Sequence[DepthMethod], head: Head
+    ) -> tuple[list[bool], Tensor]:
         """``Exits.answer``, for each row alone where ops are batch-invariant."""
-        exits = self._exits
-
-        def together(
-            layer: int, hidden: Tensor, methods: Sequence[DepthMethod]
-        ) -> tuple[list[bool], Tensor]:
-            leaving, logits = exits.answer(layer, hidden, methods, head)
-            return leaving.tolist(), logits
-
-        def alone(
-            layer: int, hidden: Tensor, methods: Sequence[DepthMethod]
-        ) -> tuple[list[bool], Tensor]:
-            found = [
-                exits.answer(layer, row, [method], head)
-                for row, method in zip(hidden.split(1), methods, strict=True)
-            ]
-            return [bool(leaves) for leaves, _ in found], torch.cat([row for _, row in found])
-
-        return alone if self._ops.batch_invariant else together
+        size = 1 if self._ops.batch_invariant else len(hidden)
+        found = [
+            self._exits.answer(layer, part, methods[first : first + size], head)
+            for first, part in zip(range(0, len(hidden), size), hidden.split(size), strict=True)
+        ]
+        leaving, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return leaving.tolist(), logits
 
 
 def generates_one(row: PlanRow) -> bool:
