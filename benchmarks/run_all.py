@@ -29,6 +29,7 @@ BENCHMARKS = {
     "block_kernels": "Native products with stored integers",
     "thread_pools": "One thread pool or two",
     "weight_formats": "Weight formats",
+    "offload": "Weights on disk",
     "startup": "Start",
     "simulate": "Simulation",
 }

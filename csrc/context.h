@@ -41,6 +41,7 @@ T* pointer(uintptr_t address) {
 }
 
 void bind_linear(nanobind::module_& module, nanobind::class_<Context>& context);
+void bind_neurons(nanobind::module_& module, nanobind::class_<Context>& context);
 void bind_sampling(nanobind::class_<Context>& context);
 void bind_attention(nanobind::module_& module, nanobind::class_<Context>& context);
 

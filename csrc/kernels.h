@@ -82,6 +82,32 @@ struct LinearCall {
   Prepared prepared;
 };
 
+// The weights of a gated feed-forward, neuron by neuron; the memory is the caller's.
+struct NeuronWeight {
+  int64_t neurons, hidden;
+  const void* values;       // bf16 or int8 [neurons, 3, hidden]: row of the gate, row of what it
+                            // gates, and column of the product behind them
+  const float* scales;      // [neurons, 3]: what a step of int8 stands for; null of bf16
+  const float* inner_bias;  // [neurons, 2], or null
+
+  int64_t neuron_bytes() const { return 3 * hidden * (scales == nullptr ? 2 : 1); }
+};
+
+// Some rows of activations, each of which goes through some neurons.
+struct NeuronCall {
+  const NeuronWeight* weight;
+  const uint16_t* x;  // bf16 [rows, hidden]
+  int64_t x_stride;   // elements
+  int64_t rows;       // at most kNeuronRows
+  const uint16_t* norm;  // weight [hidden] of an RMS norm before it, or null
+  float epsilon;         // of that norm
+  uint16_t* halves;      // [rows, hidden]: room for the norm
+  float* wide;           // [rows, hidden]: what goes through the neurons
+  const uint8_t* takers;  // [neurons]: bit r for row r, which goes through the neuron
+};
+
+constexpr int64_t kNeuronRows = 8;
+
 // A scale search over groups of weights: value = scale * (q - zero), q in [lowest, highest].
 struct ScaleSearch {
   const float* weights;  // [groups, size]
@@ -111,6 +137,13 @@ struct Kernels {
   void (*rows_of)(const LinearWeight& weight, const int64_t* ids, int64_t count, uint16_t* out);
   void (*rms_norm)(const uint16_t* x, int64_t stride, int64_t rows, int64_t width,
                    const uint16_t* weight, float epsilon, uint16_t* out);
+  // Norm of row `row`, and its activations in fp32.
+  void (*widen)(const NeuronCall& call, int64_t row);
+  // What `count` neurons add to the result: sums [rows, hidden], which are set.
+  void (*neurons)(const NeuronCall& call, const int32_t* ids, int64_t count, float* sums);
+  // out [width] = the sum of `parts` [count] sums, `stride` apart, bias and residual (or null).
+  void (*join)(const float* sums, int64_t parts, int64_t stride, int64_t width, const float* bias,
+               const uint16_t* residual, uint16_t* out);
   void (*search_scales)(const ScaleSearch& search, int64_t begin, int64_t end);
   // The highest of `count` scores, a multiple of 16; NaN if one is.
   float (*highest)(const float* scores, int64_t count);

@@ -16,6 +16,7 @@ NB_MODULE(_native, module) {
       .def_prop_ro("isa", [](const Context& self) { return std::string(self.kernels->name); })
       .def_prop_ro("threads", [](const Context& self) { return self.pool.threads(); });
   bind_linear(module, context);
+  bind_neurons(module, context);
   bind_attention(module, context);
   bind_sampling(context);
 }

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-# Read by tensor libraries when they load, here and in the processes that tests start: two threads
-# are enough for the models of the tests, and concurrent processes do not crowd each other out.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Read by tensor libraries when they load, here and in the processes that tests start: one thread is
+# enough for the models of the tests, and files that run side by side do not crowd each other out.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 GPU_TESTS = Path(__file__).with_name("gpu")
 

@@ -1,5 +1,7 @@
 """What the recipes of the family share: a command that trains, resumes, exports and reports."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import shutil
@@ -55,6 +57,7 @@ class Recipe:
         about: a paragraph for its card.
         make_data: the batches of a run.
         start: name of the member whose weights it begins with, of the same shape.
+        before: or a training of its own whose result it begins with, and which is run first.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Recipe:
     training: TrainConfig
     make_data: Callable[[Tokenizer, TrainConfig], Batches]
     start: str | None = None
+    before: Recipe | None = None
 
 
 def parse_arguments(recipe: Recipe, arguments: list[str] | None) -> argparse.Namespace:
@@ -83,36 +87,59 @@ def parse_arguments(recipe: Recipe, arguments: list[str] | None) -> argparse.Nam
 
 def run(recipe: Recipe, arguments: list[str] | None = None) -> int:
     """Run a recipe; return the exit status, 130 if a signal stopped the training."""
-    options = parse_arguments(recipe, arguments)
+    return train(recipe, parse_arguments(recipe, arguments))
+
+
+def train(recipe: Recipe, options: argparse.Namespace) -> int:
+    """Run a recipe, and before it the one that it begins with; see ``run``."""
+    start = None if recipe.start is None else MODELS / recipe.start
+    if recipe.before is not None:
+        start = options.cache.with_name(recipe.before.name) / "model"
+        first = argparse.Namespace(
+            **{**vars(options), "budget": recipe.before.training.token_budget, "output": start},
+        )
+        first.cache = start.parent
+        finished = (start / "training.json").exists() and not options.fresh
+        if not finished and (status := train(recipe.before, first)):
+            return status
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.fresh:
         shutil.rmtree(options.cache, ignore_errors=True)
     tokenizer = load_tokenizer(TOKENIZER / "tokenizer.json")
     config = replace(recipe.training, token_budget=options.budget, seed=options.seed)
-    start = None if recipe.start is None else load_model(MODELS / recipe.start).state_dict()
+    weights = None if start is None else load_model(start).state_dict()
     trainer = Trainer(
         recipe.model,
         config,
         recipe.make_data(tokenizer, config),
         options.cache,
         torch.device(options.device),
-        start,
+        weights,
     )
     if not options.export_only:
         trainer.run()
         if not trainer.is_finished:
             print(f"stopped after step {trainer.step}; the same command goes on from there")
             return 130
-    export(recipe, trainer, tokenizer, options.output)
+    earlier = None if recipe.before is None else start
+    export(recipe, trainer, tokenizer, options.output, earlier)
     return 0
 
 
-def export(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, output: Path) -> None:
-    """Write the model as it stands, its card, its facts and its learning curve."""
+def export(
+    recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, output: Path, earlier: Path | None
+) -> None:
+    """Write the model as it stands, its card, its facts and its learning curve.
+
+    ``earlier`` is the export of the training before it, whose facts are added.
+    """
     export_model(trainer.model, tokenizer, output)
     draw_learning_curve(trainer.directory / "loss.jsonl", output / "learning-curve.svg")
     facts = training_facts(trainer)
+    if earlier is not None:
+        before = json.loads((earlier / "training.json").read_text("utf-8"))
+        facts |= {name: facts[name] + before[name] for name in ("tokens", "minutes")}
     write_json(facts, output / "training.json")
     config = recipe.model
     card = CARD.format(
@@ -136,6 +163,8 @@ def describe_origin(recipe: Recipe) -> str:
     """What training began with."""
     if recipe.start is not None:
         return f"the weights of {recipe.start}"
+    if recipe.before is not None:
+        return describe_origin(recipe.before)
     if recipe.training.induction:
         return "random weights and heads that look back (`zoo/induction.py`)"
     return "random weights"

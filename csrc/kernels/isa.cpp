@@ -31,6 +31,7 @@ namespace {
 #include "block_formats.inl"
 #include "rows.inl"
 #include "linear.inl"
+#include "neurons.inl"
 #include "scale_search.inl"
 #include "highest.inl"
 #include "limits.inl"
@@ -47,6 +48,9 @@ constinit const Kernels kernels = {
     linear,
     rows_of,
     rms_norm,
+    widen,
+    neurons,
+    join,
     search_scales,
     highest,
     read,

@@ -36,7 +36,7 @@ class EngineConfig:
         kv_cache_dtype: "auto" (the dtype of computation) or "int8" (with a scale per token and
             head, half the bytes of bfloat16).
         kv: the method that decides what stays in the KV cache, with its options
-            ("random-eviction:keep=0.25"), or "full".
+            ("NAME:OPTION=VALUE,..."), or "full".
         methods: others that are on, each with its options ("NAME:OPTION=VALUE,..."; NAME may be
             "FILE.py:CLASS"). Requests may choose among them.
         kv_cache_memory_bytes: size of the KV arena; overrides ``memory_utilization``.

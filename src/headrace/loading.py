@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from headrace.config import EngineConfig
-from headrace.contracts.cache import CacheLayout, layout_of
-from headrace.contracts.method import ModelFacts, of_kind
+from headrace.contracts.cache import CacheLayout, LayerState, layout_of
+from headrace.contracts.method import Method, ModelFacts, of_kind
 from headrace.contracts.slot_policy import SlotPolicy
 from headrace.embedding import EmbeddingSettings
 from headrace.engine.clock import MonotonicClock
@@ -21,18 +22,20 @@ from headrace.engine.engine import Engine, EngineLimits
 from headrace.errors import ConfigurationError
 from headrace.exec.extensions import Extensions
 from headrace.exec.forward import Forward, LoadedModel
-from headrace.exec.runner import LocalRunner, trace_shapes
+from headrace.exec.runner import LocalRunner
 from headrace.exec.sampling.sampler import Sampler
 from headrace.exec.slot_statistics import SlotStatistics
 from headrace.kv.arena import KVArena
 from headrace.methods import MethodSet, configured_methods
 from headrace.model_files import ModelFiles, open_model, read_tokenizer
-from headrace.models.base import find_architecture
+from headrace.models.base import DecoderModel, ModelShape, find_architecture
 from headrace.ops.device import Device, resolve_device
 from headrace.ops.scale_search import make_scale_search
 from headrace.ops.table import Ops, make_ops
+from headrace.placing import Placing
 from headrace.text.tokenizer import Tokenizer
 from headrace.weights.adapters import AdapterBank
+from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.formats import WeightPlan
 from headrace.weights.hub import is_gguf, resolve_model
 from headrace.weights.loader import CheckpointLoader, make_loader
@@ -106,23 +109,35 @@ def find_model(config: EngineConfig) -> Path:
     return resolve_model(config.model, config.revision, config.download_dir)
 
 
-def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> LoadedEngine:
-    """Find, check and load a model, size the KV arena, and put the engine together.
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is to be loaded, and the operations that it is loaded for."""
 
-    Raises:
-        ConfigurationError: an option does not fit the model or the machine.
-        CheckpointError: the checkpoint cannot be found, read or understood.
-    """
+    files: ModelFiles
+    architecture: type[DecoderModel]
+    shape: ModelShape
+    states: tuple[LayerState, ...]
+    tokenizer: Tokenizer
+    device: Device
+    dtype: str
+    ops: Ops
+    plan: WeightPlan
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.files.checkpoint
+
+
+def _open_source(config: EngineConfig) -> _Source:
     device = resolve_device(config.device)
     plan = WeightPlan.parse(config.weights, config.head_weights)
-    wanted_methods = configured_methods(config)
     files = open_model(find_model(config))
-    checkpoint = files.checkpoint
-    architecture = find_architecture(checkpoint.config)
-    shape = architecture.shape(checkpoint.config)
+    source = files.checkpoint.config
+    architecture = find_architecture(source)
+    shape = architecture.shape(source)
     tokenizer = find_tokenizer(config, files)
     wanted = "float32" if config.reference else config.dtype
-    dtype = device.choose_dtype(wanted, checkpoint.dtype)
+    dtype = device.choose_dtype(wanted, files.checkpoint.dtype)
     ops = make_ops(
         device,
         dtype,
@@ -130,48 +145,63 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         threads=config.num_threads,
         isa=config.isa,
     )
-    cache_dtype = config.cache_dtype(dtype)
-    states = architecture.layer_states(checkpoint.config, cache_dtype)
-    facts = ModelFacts(
-        tuple(states),
-        shape.context,
-        shape.vocab_size,
-        architecture.causal,
-        config.block_size,
-        architecture.rotary_attention,
-    )
-    methods = MethodSet(wanted_methods, facts)
-    layout = layout_of(states, config.block_size)
+    states = tuple(architecture.layer_states(source, config.cache_dtype(dtype)))
+    return _Source(files, architecture, shape, states, tokenizer, device, dtype, ops, plan)
+
+
+def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> LoadedEngine:
+    """Find, check and load a model, size the KV arena, and put the engine together.
+
+    Raises:
+        ConfigurationError: an option does not fit the model or the machine.
+        CheckpointError: the checkpoint cannot be found, read or understood.
+    """
+    wanted = configured_methods(config)
+    with ExitStack() as opened:
+        loaded = _load(config, wanted, progress, opened)
+        opened.pop_all()
+    return loaded
+
+
+def _load(
+    config: EngineConfig,
+    wanted: Sequence[Method],
+    progress: LoadProgress | None,
+    opened: ExitStack,
+) -> LoadedEngine:
+    """See ``load_engine``; ``opened`` closes what a failure leaves behind."""
+    source = _open_source(config)
+    checkpoint, architecture, device = source.checkpoint, source.architecture, source.device
+    methods = MethodSet(wanted, model_facts(source, config.block_size))
+    layout = layout_of(source.states, config.block_size)
     prefix_caching = shares_prefixes(config, layout, architecture.causal)
+    chunk = step_inputs(config, device, source.shape.context, architecture.causal)
+    placing = Placing(methods.methods, source.ops)
+    opened.callback(placing.close)
+    placing.decide(config, checkpoint, architecture, source.plan, layout, chunk)
     counted = _counted(progress, checkpoint.num_bytes)
-    loader = make_loader(checkpoint, architecture.load_map, ops, plan, counted)
-    model = architecture(config_for(checkpoint.config, config.max_model_len), loader, ops)
-    by_neuron = NeuronLoader(checkpoint, architecture.load_map, ops, loader.plan)
+    loader = make_loader(checkpoint, architecture.load_map, placing.ops, source.plan, counted)
+    read = config_for(checkpoint.config, config.max_model_len)
+    model = architecture(read, loader, source.ops)
+    placing.weights_are_loaded()
+    by_neuron = NeuronLoader(checkpoint, architecture.load_map, source.ops, loader.plan)
     neurons = methods.open_neurons(model, by_neuron)
     loader.num_bytes += neurons.num_bytes if neurons else 0
-    depth = methods.open_depth(model, ops)
+    depth = methods.open_depth(model, source.ops)
     planes = [part.planes for part in (neurons, depth) if part]
     layout = replace(layout, method_states=tuple(chain(*planes)))
-    chunk = step_inputs(config, device, shape.context, architecture.causal)
-    num_pages = size_arena(config, layout, shape.context, chunk, device, loader.mapped_bytes)
-    context = fit_context(config, layout, num_pages, shape.context, chunk)
-    sampler = Sampler(selection=ops.selection)
-    arena = KVArena(layout, num_pages, device.name, config.max_num_seqs)
-    methods.open_taps(lambda: trace_shapes(model, arena, ops), ops)
-    statistics = make_statistics(methods, arena, context, config.max_num_seqs)
-    extensions = Extensions(loader.bank.routes, methods.taps, statistics, neurons, depth)
-    forward = Forward(model, arena, ops, extensions)
-    load_second = partial(_load_second, config, ops, plan, tokenizer, cache_dtype)
-    methods.open_drafters(forward, sampler, load_second, config.max_num_seqs, context)
-    runner = LocalRunner(forward, sampler, methods.drafters)
-    generation = files.generation
-    limits = EngineLimits(
-        max_model_len=context,
-        max_num_waiting=config.max_num_waiting,
-        vocab_size=shape.vocab_size,
-        eos_token_ids=_end_tokens(checkpoint.config, generation, tokenizer),
-        generates=architecture.causal,
-    )
+    num_pages = placing.num_pages
+    if num_pages is None:
+        num_pages = size_arena(
+            config, layout, source.shape.context, chunk, device, loader.mapped_bytes
+        )
+    context = fit_context(config, layout, num_pages, source.shape.context, chunk)
+    arena = placing.make_arena(layout, num_pages, device.name, config.max_num_seqs)
+    extensions = Extensions(loader.bank.routes, neurons=neurons, depth=depth, placed=placing.placed)
+    forward = Forward(model, arena, source.ops, extensions)
+    load_second = partial(_load_second, config, source)
+    runner = make_runner(forward, methods, load_second, config.max_num_seqs, context)
+    limits = engine_limits(config, source, context)
     engine = compose_engine(
         config,
         layout=layout,
@@ -180,26 +210,57 @@ def load_engine(config: EngineConfig, progress: LoadProgress | None = None) -> L
         limits=limits,
         runner=runner,
         clock=MonotonicClock(),
-        text=tokenizer.stream,
+        text=source.tokenizer.stream,
         causal=architecture.causal,
     )
     info = ModelInfo(
         name=config.model or EMBEDDED_NAME,
-        path=files.path,
+        path=source.files.path,
         architecture=str(checkpoint.config["model_type"]),
-        **weight_facts(loader, dtype),
+        **weight_facts(loader, source.dtype),
         **cache_facts(layout, num_pages),
-        dtype=dtype,
+        dtype=source.dtype,
         device=device.name,
         max_model_len=context,
-        vocab_size=shape.vocab_size,
+        vocab_size=source.shape.vocab_size,
         eos_token_ids=limits.eos_token_ids,
         prefix_caching=prefix_caching,
     )
-    pooling = files.read_pooling(architecture.causal)
-    return LoadedEngine(
-        engine, tokenizer, info, _sampling_defaults(generation), pooling, loader.bank, methods
+    defaults = _sampling_defaults(source.files.generation)
+    pooling = source.files.read_pooling(architecture.causal)
+    return LoadedEngine(engine, source.tokenizer, info, defaults, pooling, loader.bank, methods)
+
+
+def engine_limits(config: EngineConfig, source: _Source, context: int) -> EngineLimits:
+    """What requests are checked against, ``context`` tokens among them."""
+    ends = _end_tokens(source.checkpoint.config, source.files.generation, source.tokenizer)
+    return EngineLimits(
+        max_model_len=context,
+        max_num_waiting=config.max_num_waiting,
+        vocab_size=source.shape.vocab_size,
+        eos_token_ids=ends,
+        generates=source.architecture.causal,
     )
+
+
+def make_runner(
+    forward: Forward,
+    methods: MethodSet,
+    load_second: Callable[[str], LoadedModel],
+    num_rows: int,
+    context: int,
+) -> LocalRunner:
+    """What executes steps, with all that methods need made ready.
+
+    Raises:
+        ConfigurationError: a method does not fit the model.
+    """
+    sampler = Sampler(selection=forward.ops.selection)
+    methods.open_taps(forward)
+    forward.extensions.taps = methods.taps
+    forward.extensions.statistics = make_statistics(methods, forward.arena, context, num_rows)
+    methods.open_drafters(forward, sampler, load_second, num_rows, context)
+    return LocalRunner(forward, sampler, methods.drafters)
 
 
 def make_statistics(
@@ -213,23 +274,16 @@ def make_statistics(
     return SlotStatistics(arena, num_rows, max(each.most_slots(context) for each in schedules))
 
 
-def _load_second(
-    config: EngineConfig,
-    ops: Ops,
-    plan: WeightPlan,
-    tokenizer: Tokenizer,
-    cache_dtype: str,
-    name: str,
-) -> LoadedModel:
+def _load_second(config: EngineConfig, first: _Source, name: str) -> LoadedModel:
     """Another model, on the operations of the first. Raises ValueError if its tokens are others."""
     files = open_model(resolve_model(name, None, config.download_dir))
     other, source = files.read_tokenizer(), files.checkpoint.config
-    first = [tokenizer.token_text(token) for token in range(tokenizer.vocab_size)]
-    second = [other.token_text(token) for token in range(other.vocab_size)]
-    if first != second:
+    ours = [first.tokenizer.token_text(token) for token in range(first.tokenizer.vocab_size)]
+    theirs = [other.token_text(token) for token in range(other.vocab_size)]
+    if ours != theirs:
         place = next(
-            (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
-            min(len(first), len(second)),
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
+            min(len(ours), len(theirs)),
         )
         raise ValueError(
             f"model: {name} has other tokens than the engine's model, the first of them {place}; "
@@ -239,10 +293,22 @@ def _load_second(
     if not architecture.causal:
         raise ValueError(f"model: {name} does not generate")
     shape = architecture.shape(source)
-    states = architecture.layer_states(source, cache_dtype)
-    loader = make_loader(files.checkpoint, architecture.load_map, ops, plan)
-    model = architecture(source, loader, ops)
-    return LoadedModel(model, ops, tuple(states), shape.context, config.block_size)
+    states = architecture.layer_states(source, config.cache_dtype(first.dtype))
+    loader = make_loader(files.checkpoint, architecture.load_map, first.ops, first.plan)
+    model = architecture(source, loader, first.ops)
+    return LoadedModel(model, first.ops, tuple(states), shape.context, config.block_size)
+
+
+def model_facts(source: _Source, block_size: int) -> ModelFacts:
+    """What methods may ask of a model."""
+    return ModelFacts(
+        source.states,
+        source.shape.context,
+        source.shape.vocab_size,
+        source.architecture.causal,
+        block_size,
+        source.architecture.rotary_attention,
+    )
 
 
 def find_tokenizer(config: EngineConfig, files: ModelFiles) -> Tokenizer:

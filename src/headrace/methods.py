@@ -22,7 +22,7 @@ from headrace.exec.depth import DepthMethod, DepthRouter
 from headrace.exec.forward import Forward, LoadedModel
 from headrace.exec.neurons import NeuronMethod, NeuronRouter, gated_layers
 from headrace.exec.sampling.sampler import Sampler
-from headrace.exec.taps import SiteShapes, Tap, TapMethod
+from headrace.exec.taps import Tap, TapMethod
 from headrace.models.base import DecoderModel
 from headrace.ops.neurons import Activation, NeuronProduct
 from headrace.ops.table import Ops
@@ -35,6 +35,7 @@ ROOMS = (
     "headrace.exec.sparsity",
     "headrace.exec.exits",
     "headrace.exec.decoding.drafters",
+    "headrace.exec.placement",
 )
 """Packages in which every module is a method, named as it is."""
 
@@ -178,17 +179,17 @@ class MethodSet:
         if reason is not None:
             raise ConfigurationError(f"method: {reason}")
 
-    def open_taps(self, trace: Callable[[], SiteShapes], ops: Ops) -> None:
-        """Make taps ready; ``trace`` finds the model's shapes, if any method asks for them.
+    def open_taps(self, forward: Forward) -> None:
+        """Make taps ready for a model, whose shapes are traced if any method asks for them.
 
         Raises:
             ConfigurationError: a method does not fit the model.
         """
         methods = of_kind(self.methods, TapMethod)
-        shapes = trace() if methods else {}
+        shapes = forward.trace_shapes() if methods else {}
         for method in methods:
             try:
-                self.taps[method.name()] = method.open(shapes, ops)
+                self.taps[method.name()] = method.open(shapes, forward.ops)
             except ValueError as error:
                 raise ConfigurationError(f"method: {method.name()}: {error}") from None
 

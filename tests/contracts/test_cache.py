@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from headrace.contracts.cache import (
@@ -60,6 +62,14 @@ def test_states_lie_outside_the_pages() -> None:
     made = layout_of([both], BLOCK)
     assert len(made.groups) == len(made.states) == 1
     assert {plane.name for plane in made.groups[0].planes[0]} == {"key", "value"}
+
+
+def test_states_of_methods_come_beside_the_models() -> None:
+    plane = PlaneSpec("chosen", "sequence", 1, 10, "int32")
+    plain = layout_of([STATE] * 3, BLOCK)
+    made = replace(plain, method_states=((1, plane),))
+    assert made.all_states == (*plain.states, (1, plane))
+    assert made.state_bytes == plain.state_bytes + 40
 
 
 def test_states_alone_need_no_pages() -> None:

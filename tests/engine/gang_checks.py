@@ -17,7 +17,11 @@ class SeesPrevious(GangMethod):
     """A sequence sees the one before it; the first sees the prompt alone."""
 
     card: ClassVar[MethodCard] = MethodCard(
-        "", "", "lossy", requires=frozenset({Property.FED_TOKENS_STAY})
+        "",
+        "",
+        "lossy",
+        requires=frozenset({Property.OWN_CONTEXT, Property.FED_TOKENS_STAY}),
+        breaks=frozenset({Property.OWN_CONTEXT}),
     )
 
     def seen_blocks(self, viewer: int, count: int) -> SequenceOf[int]:
@@ -67,7 +71,7 @@ def expected_parts(viewer: Sequence, block_size: int) -> list[Part]:
     prompt = len(request.prompt_token_ids)
     begin = -(-prompt // block_size) * block_size
     fed = viewer.num_fed - prompt
-    layout: list[tuple[Sequence, int, range]] = [(viewer, 0, range(prompt))]
+    layout: list[tuple[Sequence, int, range]] = [(members[0], 0, range(prompt))]
     for index in method.seen_blocks(viewer.index, len(members)):
         other = members[index]
         length = min(fed, len(other.token_ids) - prompt)

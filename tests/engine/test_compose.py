@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from headrace.config import EngineConfig
@@ -11,6 +13,7 @@ from headrace.errors import ConfigurationError
 
 ATTENTION = layout_of([attention_state(2, 8, "float32")] * 2, 16)
 STATE = LayerState((PlaneSpec("recurrent", "sequence", 2, 8, "float32"),))
+WATCHED = replace(ATTENTION, method_states=((0, STATE.planes[0]),))
 RECURRENT = layout_of([STATE, attention_state(2, 8, "float32")], 16)
 
 
@@ -19,6 +22,7 @@ RECURRENT = layout_of([STATE, attention_state(2, 8, "float32")], 16)
     ("layout", "causal", "reason"),
     [
         (ATTENTION, True, None),
+        (WATCHED, True, None),
         (RECURRENT, True, "enable_prefix_caching: .*recurrent state.*leave the option out"),
         (ATTENTION, False, "enable_prefix_caching: .*depends on those behind it"),
     ],

@@ -309,6 +309,13 @@ class TestDraws:
             assert chi_square(counts, np.full(64, 1 / 64)) < 64 + 5 * math.sqrt(2 * 64)
             assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 5 / math.sqrt(len(states))
 
+    def test_streams_are_independent(self) -> None:
+        states = [make_state(seed=seed) for seed in range(10_000)]
+        streams = np.stack([uniform_numbers(states, stream) for stream in range(9)])
+        correlations = np.corrcoef(streams) - np.eye(9)
+        assert np.abs(correlations).max() < 5 / math.sqrt(len(states))
+        assert np.array_equal(streams[0], uniform_numbers(states))
+
     def test_numbers_follow_from_seed_and_count(self) -> None:
         states = [
             make_state(seed=seed, prompt=prompt, output=output)

@@ -108,6 +108,12 @@ def test_windows_begin_anew(model: Any, directory: Path) -> None:
     second.forget(guess_for(1, 0, text[:44]).row, 44)
     visible = [*text[:SINKS], *text[start:44], 1, 2]
     check(second, model, guess_for(1, 0, tokens), seen=[visible])
+    # Back to before what it sees: it begins anew.
+    second.forget(guess_for(1, 0, text[:44]).row, start)
+    earlier = text[: start + 1]
+    assert len(earlier) > WINDOW
+    visible = [*text[:SINKS], *earlier[len(earlier) - (WINDOW // 2 - SINKS) :]]
+    check(second, model, guess_for(1, 0, earlier), seen=[visible])
 
 
 def test_vocabularies_are_brought_to_the_same_size(model: Any, directory: Path) -> None:
@@ -118,6 +124,17 @@ def test_vocabularies_are_brought_to_the_same_size(model: Any, directory: Path) 
         assert len(row) == vocab
         assert bool(row[:VOCAB].isfinite().all())
         assert row[VOCAB:].tolist() == [-math.inf] * max(0, vocab - VOCAB)
+
+
+def test_caches_that_are_too_large(
+    model: Any, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(second_model, "KVArena", full)
+    with pytest.raises(ValueError, match=r"a cache of 20 tokens for each of 2 .*: no memory"):
+        open_second(directory, model, WINDOW)
 
 
 def test_windows_that_are_too_small(model: Any, directory: Path) -> None:

@@ -162,7 +162,7 @@ def test_the_sampler_draws_the_cpus_tokens(vocab: int) -> None:
 def test_a_row_of_nan_fails_alone(checkpoint: Path) -> None:
     llm = make_llm(checkpoint, "greedy", DEVICE)
     with torch.inference_mode():
-        llm.engine.runner._loop._model._embedding[13] = torch.nan  # type: ignore[attr-defined]
+        llm.engine.runner._forward.loop._model._embedding[13] = torch.nan  # type: ignore[attr-defined]
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logit_bias={13: -100})
     broken, good = llm.generate([[1, 2, 13, 4], [5, 6, 7]], params)
     assert broken.error is not None and "NaN" in broken.error

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from headrace.config import EngineConfig
+from headrace.methods import ROOMS, find_method, known_methods
 from tests.house.source import PACKAGE, docstrings, parse, python_files, relative, room
 
 FILE_LINES = 800
 FUNCTION_LINES = 80
 CORE_LINES = 12_000
+METHOD_LINES = 150
 CORE = ("config", "contracts", "engine", "errors", "exec", "kv", "models", "ops", "registry")
 CONFIG_FIELDS = 60
 
@@ -27,6 +29,19 @@ DEVICE_NAME = re.compile(r"(cuda|mps|xpu|hip)(:\d+)?")
 def count_lines(path: Path) -> int:
     """Lines of a file, blank ones and comments included."""
     return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def count_text(path: Path) -> int:
+    """Lines of a file that are not blank."""
+    return sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def is_core(path: Path) -> bool:
+    """Whether a file is of the core: neither a method nor an architecture."""
+    module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    parent = module.rpartition(".")[0]
+    architecture = parent == "headrace.models" and path.name != "base.py"
+    return room(path) in CORE and parent not in ROOMS and not architecture
 
 
 def long_functions(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -96,9 +111,26 @@ def test_functions_are_short() -> None:
 
 def test_the_core_stays_small() -> None:
     package = [path for path in python_files() if path.is_relative_to(PACKAGE)]
-    core = [path for path in package if room(path) in CORE]
-    assert PACKAGE / "config.py" in package and core
-    assert sum(map(count_lines, core)) < CORE_LINES
+    core = [path for path in package if is_core(path)]
+    assert PACKAGE / "config.py" in core
+    assert PACKAGE / "models" / "llama.py" not in core
+    assert sum(map(count_text, core)) < CORE_LINES
+
+
+def test_methods_are_small_and_known_to_their_files_alone() -> None:
+    sources = {path: path.read_text(encoding="utf-8").lower() for path in PACKAGE.rglob("*.py")}
+    methods = known_methods()
+    assert len(methods) > 10
+    for name, module in methods.items():
+        own = PACKAGE.parent / (module.replace(".", "/") + ".py")
+        assert count_lines(own) <= METHOD_LINES, name
+        words = {name, name.replace("-", "_"), find_method(name).__name__.lower()}
+        found = [
+            relative(path)
+            for path, text in sources.items()
+            if path != own and any(re.search(rf"\b{word}\b", text) for word in words)
+        ]
+        assert found == [], f"{name} is known elsewhere"
 
 
 def test_configuration_stays_small() -> None:

@@ -282,7 +282,7 @@ def test_a_failing_request_raises_and_others_go_on(
     make_async_llm: MakeAsyncLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = make_async_llm(max_num_seqs=1)
-    run = llm.engine.runner._loop.run
+    run = llm.engine.runner._forward.loop.run
     calls = 0
 
     def fail_once(*arguments: Any) -> Any:
@@ -292,7 +292,7 @@ def test_a_failing_request_raises_and_others_go_on(
             raise RuntimeError("out of luck")
         return run(*arguments)
 
-    monkeypatch.setattr(llm.engine.runner._loop, "run", fail_once)
+    monkeypatch.setattr(llm.engine.runner._forward.loop, "run", fail_once)
 
     async def main() -> list[RequestOutput | BaseException]:
         tasks = [complete(llm, PROMPT, greedy()) for _ in range(2)]

@@ -133,7 +133,7 @@ def trip(
 
 PLACES: dict[str, Callable[[LLM], tuple[object, str]]] = {
     "copies": lambda llm: (llm.engine.runner.arena, "blank_pages"),
-    "layers": lambda llm: (llm.engine.runner._loop, "run"),
+    "layers": lambda llm: (llm.engine.runner._forward.loop, "run"),
     "sampler": lambda llm: (llm.engine.runner.sampler, "sample"),
     "collect": lambda llm: (llm.engine.runner, "collect"),
 }

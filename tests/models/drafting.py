@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+import transformers
+from torch import Tensor
 
 from headrace import RequestOutput
 from headrace.contracts.step import SampleState
+from headrace.exec.decoding.drafter import Guess
+from headrace.exec.decoding.second_model import SecondModel
 from tests.exec.plain_sampling import probabilities
 from tests.models.expected import Expected
 from tests.support.checkpoints import ALL_CONFIGS, make_model, save_checkpoint
@@ -52,4 +56,29 @@ def expected_texts(
             for token in itertools.compress(range(len(chances)), chances > 0):
                 grown[(*text, token)] = share * chances[token]
         found = grown
+    return found
+
+
+def listen(model: SecondModel) -> list[tuple[list[int], Tensor]]:
+    """From now on, each text that a second model is asked about, and its logits ``[vocab]``."""
+    heard: list[tuple[list[int], Tensor]] = []
+    kept = model.next_logits
+
+    def next_logits(guesses: Sequence[Guess]) -> Tensor:
+        logits = kept(guesses)
+        heard.extend((guess.known, row.clone()) for guess, row in zip(guesses, logits, strict=True))
+        return logits
+
+    model.next_logits = next_logits  # type: ignore[method-assign]
+    return heard
+
+
+def largest_difference(directory: Path, heard: list[tuple[list[int], Tensor]]) -> float:
+    """Between these logits and what transformers computes for the texts."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    found = 0.0
+    with torch.inference_mode():
+        for text, logits in heard:
+            should = model(torch.tensor([text])).logits[0, -1]
+            found = max(found, float((logits - should).abs().max()))
     return found

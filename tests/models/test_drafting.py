@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from headrace import LLM, RequestOutput, SamplingParams
 from headrace.contracts.step import SampleState
 from headrace.errors import CheckpointError, ConfigurationError, InvalidRequestError
 from tests.exec.chi_square import chi_square
-from tests.models.drafting import accepted, expected_texts, save_other, save_similar
-from tests.models.expected import Expected, greedy, load, prompt_of
+from tests.models.drafting import (
+    accepted,
+    expected_texts,
+    largest_difference,
+    listen,
+    save_other,
+    save_similar,
+)
+from tests.models.expected import TOLERANCE, Expected, greedy, load, prompt_of
 from tests.support.checkpoints import make_checkpoint, write_tokenizer
 
 NAME = "draft-model"
@@ -88,6 +96,21 @@ def test_fast_operations_give_the_same_tokens(expected: Expected, similar: Path)
     assert accepted(drafted)[0] > 0
 
 
+@pytest.mark.parametrize("memory", [200, 40])
+def test_the_small_model_sees_the_text(expected: Expected, similar: Path, memory: int) -> None:
+    """What it guessed wrong is gone, also where sequences lose their pages and change places."""
+    prompts = [prompt_of(6, seed) for seed in range(3)]
+    options = {"block_size": 4, "kv_cache_memory_bytes": expected.cache_bytes(memory)}
+    with load(expected.directory, methods=(method(similar),), **options) as llm:
+        drafter: Any = llm.methods.drafters[NAME]
+        heard = listen(drafter._model)
+        outputs = llm.generate(prompts, greedy(14))
+        assert (llm.stats().preemptions > 0) == (memory < 100)
+    assert accepted(outputs)[0] > 0
+    assert len(heard) > 20
+    assert largest_difference(similar, heard) < TOLERANCE
+
+
 def test_preempted_and_aborted_requests(expected: Expected, similar: Path) -> None:
     prompts = [prompt_of(12, seed) for seed in range(5)]
     plain = run(expected, (), prompts, greedy(24), **REFERENCE)
@@ -157,7 +180,7 @@ def test_sampled_texts_are_distributed_as_without_guesses(
 ) -> None:
     prompt, length = prompt_of(5), 4
     options = {"max_tokens": length, "ignore_eos": True, "detokenize": False, **asked}
-    params = [SamplingParams(seed=seed, **options) for seed in range(600)]
+    params = [SamplingParams(seed=seed, **options) for seed in range(400)]
     state = SampleState(params[0], prompt, [], 0)
     texts = expected_texts(expected, prompt, state, length)
     outputs = run(expected, (method(similar),), [prompt] * len(params), params)
@@ -189,15 +212,48 @@ def test_a_request_chooses_how_much_is_guessed(expected: Expected) -> None:
     assert [accepted([output]) for output in outputs] == [(4, 4), (6, 6)]
 
 
+def test_steered_requests(expected: Expected, similar: Path, tmp_path: Path) -> None:
+    """What changes activations changes them where guesses are verified, too."""
+    config = expected.model.config
+    heads = config.num_attention_heads
+    shape = (config.num_hidden_layers, heads, config.hidden_size // heads)
+    file = tmp_path / "directions.safetensors"
+    save_file({"one": torch.randn(shape, generator=torch.Generator().manual_seed(1))}, file)
+    steering = f"inference-time-intervention:vectors={file},strength=0.5"
+    prompts = [prompt_of(12), prompt_of(12)]
+    choices: list[Any] = [None, {NAME: {}}]
+    plain = run(
+        expected, (steering,), prompts, greedy(16, logprobs=0), choices=[None, {}], **REFERENCE
+    )
+    methods = (steering, method(similar))
+    drafted = run(expected, methods, prompts, greedy(16, logprobs=0), choices=choices, **REFERENCE)
+    assert completions(drafted) == completions(plain)
+    assert completions(drafted[:1]) != completions(drafted[1:])
+    assert all(accepted([output])[1] > 0 for output in drafted)
+
+
+def test_pages_are_shared_with_plain_requests(expected: Expected, similar: Path) -> None:
+    """Guesses leave nothing behind, neither right ones nor wrong ones."""
+    prompt = prompt_of(10)
+    with load(expected.directory, methods=(method(similar),), **REFERENCE) as llm:
+        [first] = llm.generate([prompt], greedy(16))
+        longer = [*prompt, *first.outputs[0].token_ids]
+        [plain] = llm.generate([longer], greedy(8, logprobs=1), methods={})
+        assert plain.metrics is not None and plain.metrics.num_cached_tokens == 24
+    with load(expected.directory, **REFERENCE) as llm:
+        [alone] = llm.generate([longer], greedy(8, logprobs=1))
+    assert completions([plain]) == completions([alone])
+
+
 def test_a_row_that_is_not_finite_fails_alone(expected: Expected, similar: Path) -> None:
     with load(expected.directory, methods=(method(similar),)) as llm:
         sampler = llm.engine.runner.sampler  # type: ignore[attr-defined]
         kept = sampler.distributions
 
         def broken(logits: torch.Tensor, states: Any) -> Any:
-            verified = len(states) > 1 and states[0].prompt_token_ids is states[-1].prompt_token_ids
-            if verified and len(states[0].prompt_token_ids) == 8:
-                logits = torch.full_like(logits, float("nan"))
+            eight = [len(state.prompt_token_ids) == 8 for state in states]
+            if sum(eight) > 1:
+                logits[torch.tensor(eight)] = float("nan")
             return kept(logits, states)
 
         sampler.distributions = broken

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from headrace import LLM, RequestOutput, SamplingParams
+from headrace.contracts.method import Property, conflict
 from headrace.contracts.outputs import CompletionOutput
 from headrace.contracts.profile import Profile
 from headrace.errors import ConfigurationError, InvalidRequestError
+from headrace.methods import make_method
+from tests.engine.gang_checks import SeesPrevious
 from tests.models.expected import TOLERANCE, Expected, greedy, load, prompt_of
 from tests.models.shared_layout import SharedLayout
 from tests.support.checkpoints import VOCAB
@@ -52,6 +59,7 @@ def check_workers(
     recorder: LogitsRecorder,
     output: RequestOutput,
     header: str = HEADER,
+    tolerance: float = TOLERANCE,
 ) -> None:
     """All tokens of a gang were drawn from the logits of the slow loop."""
     assert output.error is None
@@ -61,14 +69,15 @@ def check_workers(
         for worker in range(count)
     ]
     tokens = [each.token_ids for each in output.outputs]
+    assert len(set(map(tuple, tokens))) == count, "which logits are whose?"
     slow = SharedLayout(expected.model).sampled_logits(output.prompt_token_ids, headers, tokens)
     farthest = 0.0
     for index, should in enumerate(slow):
         found = recorder.logits(output, index)
-        assert (found - should).abs().max() < TOLERANCE, f"worker {index}"
+        assert (found - should).abs().max() < tolerance, f"worker {index}"
         alone = expected.sampled_logits(output, index)
         farthest = max(farthest, (found - alone).abs().max().item())
-    assert farthest > 0.01, "they see nobody"
+    assert farthest > max(0.01, 2 * tolerance), "they see nobody"
 
 
 @pytest.mark.parametrize("options", [{}, {"reference": True}], ids=["fast", "reference"])
@@ -225,6 +234,14 @@ def test_gangs_without_room_are_refused(expected: Expected) -> None:
         llm.generate([prompt_of(4)], greedy(4, n=4))
 
 
+def test_what_does_not_go_together(expected: Expected) -> None:
+    with pytest.raises(ConfigurationError, match="needs that the cache holds every token"):
+        load(expected.directory, methods=(NAME,), kv="random-eviction")
+    assert conflict([make_method(NAME), SeesPrevious()]) == (
+        f"gang-checks needs that {Property.OWN_CONTEXT.value}, which {NAME} breaks"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -239,3 +256,51 @@ def test_models_that_cannot(
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
         load(expectations(name).directory, methods=(NAME,))
+
+
+def test_gangs_and_taps_combine(expected: Expected, tmp_path: Path) -> None:
+    """Heads are moved at the prompt's last token and in all blocks, with and without company."""
+    config = expected.model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (config.num_hidden_layers, config.num_attention_heads, width)
+    moved = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    save_file({"moved": moved}, tmp_path / "moved.safetensors")
+    steering = "inference-time-intervention"
+    methods = (NAME, f"{steering}:vectors={tmp_path / 'moved.safetensors'},strength=0.5")
+    choices = [{**choice(), steering: {}}, choice()]
+    with load(expected.directory, methods=methods, block_size=BLOCK) as llm:
+        recorder = LogitsRecorder(llm)
+        params = replace(sampled(3, 6), stop_token_ids=None)
+        outputs = llm.generate([prompt_of(14), prompt_of(9)], params, methods=choices)
+        check_workers(expected, llm, recorder, outputs[1])
+        handles = [
+            layer.self_attn.o_proj.register_forward_pre_hook(move_last(0.5 * moved[index]))
+            for index, layer in enumerate(expected.model.model.layers)
+        ]
+        try:
+            check_workers(expected, llm, recorder, outputs[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def move_last(direction: Tensor) -> Callable[[Any, tuple[Tensor]], tuple[Tensor]]:
+    """A hook that moves what heads say at the last token that is fed."""
+
+    def hook(module: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        out = arguments[0].clone()
+        out[:, -1] += direction.flatten()
+        return (out,)
+
+    return hook
+
+
+@pytest.mark.parametrize("cache", ["auto", "int8"])
+def test_gangs_in_half_precision(expected: Expected, cache: str) -> None:
+    """Of native kernels, which write whatever they read, the segments are left to others."""
+    options = {"dtype": "bfloat16", "kv_cache_dtype": cache, "block_size": BLOCK}
+    with load(expected.directory, methods=(NAME,), **options) as llm:
+        recorder = LogitsRecorder(llm)
+        outputs = llm.generate([prompt_of(14), prompt_of(9)], greedy(8, n=3), methods=choice())
+        for output in outputs:
+            check_workers(expected, llm, recorder, output, tolerance=0.1)

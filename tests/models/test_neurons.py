@@ -163,6 +163,36 @@ def test_plain_requests_compute_what_they_compute_without_the_method(
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("keep", [0.3, 1.0])
+def test_in_half_precision(expectations: Callable[[str], Expected], keep: float) -> None:
+    """Rounding may change the choice among neurons that are equally frequent, and little else."""
+    expected = expectations("llama3")
+    choice = {NAME: {"keep": keep, "core": 1.0}}
+    with load(expected.directory, dtype="bfloat16", methods=(METHOD,)) as llm:
+        recorder = LogitsRecorder(llm)
+        outputs = llm.generate([prompt_of(12), prompt_of(9)], greedy(6), methods=[choice, {}])
+    with in_part(expected, 12, keep, 1.0):
+        found = difference(expected, recorder, outputs[0])
+    changed = difference(expected, recorder, outputs[0])
+    assert found < (0.1 if keep == 1 else changed / 3)
+    assert difference(expected, recorder, outputs[1]) < 0.1
+
+
+def test_beside_methods_of_other_kinds(expectations: Callable[[str], Expected]) -> None:
+    """Of all neurons, whichever methods come with it, the result is as without it."""
+    expected = expectations("llama3")
+    prompts = [prompt_of(length) for length in (40, 33)]
+    found = []
+    for methods in (("activation-recorder",), ("activation-recorder", f"{NAME}:keep=1")):
+        options = {"block_size": 4, "kv": "random-eviction:keep=0.5", "methods": methods}
+        with load(expected.directory, **options, max_num_batched_tokens=16) as llm:
+            recorder = LogitsRecorder(llm)
+            outputs = llm.generate(prompts, greedy(20))
+            found.append([recorder.logits(output) for output in outputs])
+    for pair in zip(*found, strict=True):
+        assert (pair[0] - pair[1]).abs().max() < TOLERANCE
+
+
 def test_the_weights_are_counted(expectations: Callable[[str], Expected]) -> None:
     expected = expectations("llama3")
     with load(expected.directory) as plain, load(expected.directory, methods=(METHOD,)) as llm:

@@ -12,8 +12,14 @@ from headrace import SamplingParams
 from headrace.contracts.step import SampleState
 from headrace.errors import ConfigurationError
 from tests.exec.chi_square import chi_square
-from tests.models.drafting import accepted, expected_texts, save_similar
-from tests.models.expected import Expected, greedy, load, prompt_of
+from tests.models.drafting import (
+    accepted,
+    expected_texts,
+    largest_difference,
+    listen,
+    save_similar,
+)
+from tests.models.expected import TOLERANCE, Expected, greedy, load, prompt_of
 
 REFERENCE: dict[str, Any] = {"reference": True, "block_size": 4}
 
@@ -80,6 +86,19 @@ def test_fewer_passes_than_tokens(expected: Expected, similar: Path) -> None:
         passes[small] = len(calls)
     assert passes[expected.directory] == 3 * 2, "two guesses and one more token, twice in a step"
     assert 3 * 2 < passes[similar] < 18
+
+
+def test_the_small_model_sees_the_text(expected: Expected, similar: Path) -> None:
+    """What it guessed wrong is gone, and so is what the level above it had wrong."""
+    chosen = method(similar, budget=16, small_length=3)
+    with load(expected.directory, methods=(chosen,), block_size=4) as llm:
+        drafter: Any = llm.methods.drafters["triforce"]
+        heard = listen(drafter._small)
+        outputs = llm.generate([prompt_of(30), prompt_of(23)], greedy(20))
+    right, tried = accepted(outputs)
+    assert 0 < right < tried
+    assert len(heard) > 20
+    assert largest_difference(similar, heard) < TOLERANCE
 
 
 def test_preemption_and_siblings(expected: Expected, similar: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -194,19 +195,35 @@ class AttentionCase:
             score_sums = score_sums.cpu()
         return Outcome(out.cpu(), lse.cpu(), score_sums, pages.cpu())
 
-    def read_again(self, make: Callable[..., Any], device: str = "cpu") -> tuple[Outcome, Outcome]:
-        """What the step gave, and what its queries then find in the cache. One query per row."""
+    @property
+    def behind_a_past(self) -> AttentionCase | None:
+        """Those rows of a step without windows and groups that have a past, if there are any."""
+        rows = tuple(row for row in self.rows if row[1])
+        whole = self.window is None and self.groups == 1
+        return dataclasses.replace(self, rows=rows) if rows and whole else None
+
+    def read_past(self, make: Callable[..., Any], device: str = "cpu") -> Outcome:
+        """What the queries find in their rows' past alone."""
         pages, cache, shape = self._filled(device, blank=True)
         attention = make(device, self.dtype)
-        q, k, v = self.qkv.to(device).split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        cos, sin = (x.to(device) for x in self.angles)
+        q = rotate(self.qkv[:, : self.heads].to(device), *(x.to(device) for x in self.angles))
+        before = pages.clone()
         plan = attention.plan(shape, cache.keys)
-        out, lse = attention.attend(q, k, v, cos, sin, cache, self.spec, plan)
-        first = Outcome(out.cpu(), lse.cpu(), None, pages.cpu().clone())
-        # A plan of its own, as for rows of which nothing is written.
-        plan = attention.plan(shape, cache.keys)
-        out, lse = attention.attend_cached(rotate(q, cos, sin), cache, self.spec, plan)
-        return first, Outcome(out.cpu(), lse.cpu(), None, pages.cpu())
+        out, lse = attention.attend_past(q, cache, self.spec, plan)
+        assert torch.equal(pages, before), "something was written"
+        return Outcome(out.cpu(), lse.cpu(), None, pages.cpu())
+
+    def past_by_definition(self) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of ``read_past`` in fp64, row by row."""
+        q = turn(self.qkv[:, : self.heads].double(), *self.angles)
+        outs, lses = [], []
+        ratio = self.heads // self.kv_heads
+        for queries, (keys, values) in zip(q.split(self.lengths.tolist()), self.pasts, strict=True):
+            key, value = (x.double().repeat_interleave(ratio, 1) for x in (keys, values))
+            scores = torch.einsum("thw,shw->ths", queries, key) * self.spec.scale
+            outs.append(torch.einsum("ths,shw->thw", scores.softmax(-1), value))
+            lses.append(scores.logsumexp(-1))
+        return torch.cat(outs), torch.cat(lses)
 
     def by_definition(self) -> tuple[Tensor, Tensor, Tensor]:
         """Output, log-sum-exp and score sums in fp64, query by query."""

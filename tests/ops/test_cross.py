@@ -70,16 +70,39 @@ def test_the_reference_is_attention(case: AttentionCase) -> None:
     torch.testing.assert_close(found.sums.double(), sums, rtol=1e-5, atol=4 * error)
 
 
-def reads_alone(case: AttentionCase) -> bool:
-    """Whether its rows have one query each, which sees all of a row's slots."""
-    return case.window is None and case.groups == 1 and {length for length, _ in case.rows} == {1}
+PAST_CASES = [part for case in ATTENTION_CASES if (part := case.behind_a_past) is not None]
 
 
-@pytest.mark.parametrize("version", VERSIONS["attention"])
-@pytest.mark.parametrize("case", [c for c in ATTENTION_CASES if reads_alone(c)], ids=str)
-def test_what_is_cached_is_attended_to_alike(case: AttentionCase, version: str) -> None:
-    written, found = case.read_again(VERSIONS["attention"][version])
-    found.assert_close(written, {"rtol": 0, "atol": 1e-6}, 1e-6)
+@pytest.mark.parametrize("case", PAST_CASES, ids=str)
+def test_the_past_is_attended_to_alone(case: AttentionCase) -> None:
+    expected = case.read_past(VERSIONS["attention"]["reference"])
+    if case.dtype == torch.float32:
+        out, log_sum_exp = case.past_by_definition()
+        error = 0.05 if case.cache == "int8" else 1e-5
+        torch.testing.assert_close(expected.out.double(), out, rtol=1e-5, atol=error)
+        torch.testing.assert_close(
+            expected.log_sum_exp.double(), log_sum_exp, rtol=1e-5, atol=error
+        )
+    halves = 2**-6 if case.cache == "int8" else 2e-4
+    error = 1e-5 if case.dtype == torch.float32 else halves
+    allowed = TOLERANCES[case.dtype]
+    for version in DENSE:
+        found = case.read_past(VERSIONS["attention"][version])
+        found.assert_close(expected, {**allowed, "atol": max(error, allowed["atol"])}, error)
+
+
+def test_parts_are_merged() -> None:
+    """One by one, or all at once; queries have none, one or more of them."""
+    torch.manual_seed(0)
+    owners = torch.tensor([0, 2, 2, 0, 3, 2])
+    out, outs = torch.randn(4, 3, 8), torch.randn(6, 3, 8)
+    lse, lses = torch.randn(4, 3) * 20, torch.randn(6, 3) * 20
+    found, both = reference.merge_parts(out, lse, outs, lses, owners)
+    for part, owner in enumerate(owners.tolist()):
+        merged = reference.merge_attention(out[owner], lse[owner], outs[part], lses[part])
+        out[owner], lse[owner] = merged
+    torch.testing.assert_close(found, out)
+    torch.testing.assert_close(both, lse)
 
 
 @pytest.mark.parametrize("case", [c for c in FLOATS if c.block_size == 16], ids=str)

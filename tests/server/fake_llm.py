@@ -91,7 +91,14 @@ class FakeLLM:
         return SamplingParams(**{"temperature": 0.25, **overrides})
 
     def stats(self) -> EngineStats:
-        return EngineStats(running=len(self.running), pages_total=99, preemptions=7)
+        return EngineStats(
+            running=len(self.running),
+            pages_total=99,
+            preemptions=7,
+            drafts=3,
+            draft_tokens=12,
+            accepted_tokens=5,
+        )
 
     async def generate(
         self,
@@ -101,6 +108,7 @@ class FakeLLM:
         *,
         priority: int = 0,
         adapter: str | None = None,
+        methods: Any = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         text = self.tokenizer.decode(prompt)
         self.seen.append((request_id, params, priority))

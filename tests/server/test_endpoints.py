@@ -47,6 +47,9 @@ def test_the_engines_counts_are_metrics(client: httpx.Client) -> None:
     found = metrics(client)
     assert found["headrace_pages_total"] == 99
     assert found["headrace_preemptions_total"] == 7
+    assert found["headrace_spec_decode_num_drafts_total"] == 3
+    assert found["headrace_spec_decode_num_draft_tokens_total"] == 12
+    assert found["headrace_spec_decode_num_accepted_tokens_total"] == 5
 
 
 def test_finished_requests_are_metrics() -> None:

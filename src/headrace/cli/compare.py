@@ -28,7 +28,7 @@ def compare(
 ) -> None:
     """Show how SECOND differs from FIRST: quality item by item, speed, memory.
 
-    Example: headrace compare "path/to/model" "path/to/model --kv random-eviction:keep=0.25"
+    Example: headrace compare "path/to/model" "path/to/model --kv-cache-dtype int8"
     """
     from headrace.evaluation.comparison import Comparison
     from headrace.evaluation.suite import make_suite, make_task

@@ -55,7 +55,7 @@ def evaluate(
 ) -> None:
     """Measure MODEL: loss on held-out text, divergence from a reference, and tasks.
 
-    Example: headrace eval path/to/model --kv random-eviction:keep=0.25
+    Example: headrace eval path/to/model --kv-cache-dtype int8
     """
     if check is not None:
         check_page(check)

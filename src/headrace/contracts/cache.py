@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -122,6 +122,26 @@ class CacheLayout:
     def state_bytes(self) -> int:
         """Bytes of one sequence's states."""
         return sum(plane.slot_bytes for _, plane in self.all_states)
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes of a page that are a layer's; 0 for one that has none."""
+        return sum(
+            plane.page_bytes(self.block_size)
+            for group in self.groups
+            for each, planes in zip(group.layers, group.planes, strict=True)
+            if each == layer
+            for plane in planes
+        )
+
+    def without(self, layers: Collection[int]) -> CacheLayout:
+        """The same groups, some empty perhaps, without the pages' planes of these layers."""
+        groups = []
+        for group in self.groups:
+            kept = [index for index, layer in enumerate(group.layers) if layer not in layers]
+            planes = tuple(group.planes[index] for index in kept)
+            left = tuple(group.layers[index] for index in kept)
+            groups.append(CacheGroup(left, planes, group.window))
+        return CacheLayout(self.block_size, tuple(groups), self.states)
 
     @property
     def window(self) -> int | None:

@@ -26,6 +26,10 @@ class DraftMethod(Method):
                 "recurrent state"
             )
 
+    def cache_key(self) -> Method | None:
+        """Guesses leave nothing behind."""
+        return None
+
     @property
     @abstractmethod
     def most_drafted(self) -> int:

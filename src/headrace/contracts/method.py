@@ -26,6 +26,7 @@ class Property(Enum):
     ALL_NEURONS = "every token goes through all inner neurons of the feed-forward layers"
     FULL_DEPTH = "every token goes through all layers before the next one is fed"
     FED_TOKENS_STAY = "a token that is fed belongs to its sequence"
+    IN_MEMORY = "weights and KV pages stay where they are, in memory"
 
     def __repr__(self) -> str:
         return self.name
@@ -99,6 +100,10 @@ class Method(ABC):
     def check(self, model: ModelFacts) -> None:
         """Raise ValueError if the model lacks what it needs, saying what."""
         return None
+
+    def cache_key(self) -> Method | None:
+        """What KV bytes depend on of it, as a method; ``None``: they are the plain model's."""
+        return self
 
     def shared_tokens(self, prompt_tokens: int) -> int | None:
         """How many tokens of a sequence have KV that follows from them alone.

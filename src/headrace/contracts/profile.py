@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headrace.contracts.method import Method
 from headrace.errors import InvalidRequestError
@@ -10,7 +10,8 @@ from headrace.errors import InvalidRequestError
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Part of the prefix tree's key: pages are shared only between equal profiles.
+    """Part of the prefix tree's key: pages are shared only between equal ones, as far as methods
+    leave a mark on them.
 
     Args:
         methods: with the request's options, in the engine's order.
@@ -33,6 +34,12 @@ class Profile:
                     f"{method.name()} computes with the weights of the model alone; leave it or "
                     "the adapter out",
                 )
+
+    @property
+    def of_cache(self) -> Profile:
+        """The profile by which pages are shared."""
+        keys = [method.cache_key() for method in self.methods]
+        return replace(self, methods=tuple(key for key in keys if key is not None))
 
     def shared_tokens(self, prompt_tokens: int) -> int | None:
         """How many tokens of a sequence have KV that follows from them alone; ``None``: all."""

@@ -33,7 +33,8 @@ class SamplingParams:
             seen in prompt or output (CTRL, section 4.1).
         presence_penalty, frequency_penalty: in [-2, 2], subtracted per output token seen.
         logit_bias: token id -> addend in [-100, 100].
-        seed: makes sampling of this request reproducible; its draws depend on nothing else.
+        seed: makes sampling of this request reproducible; its draws depend on nothing else, but for
+            methods that guess tokens on what they guess.
         stop: strings that end the generation.
         stop_token_ids: token ids that end it.
         ignore_eos: go on past the end-of-sequence token.

@@ -63,7 +63,8 @@ class Segment:
     the order in which the reader sees its segments.
 
     Args:
-        table_row: of its owner in the page tables, who may be the reader.
+        table_row: of its owner in the page tables. What several read is best named alike by all,
+            and is then read once.
         begin: its first slot there, a multiple of the block size.
         length: slots, as many as are read.
         shift: what is added to the position of an input when it reads them.

@@ -80,12 +80,12 @@ class CacheAccounting:
         limit = known // self.layout.block_size
         if request.schedule is not None:
             return self.tree.match_compacted(
-                request.profile, sequence.token_ids, known, request.schedule
+                request.cache_profile, sequence.token_ids, known, request.schedule
             )
         if request.unit is not None:
             slots = request.unit.slots
-            return self.tree.match_units(request.profile, sequence.token_ids, known, slots)
-        runs = self.tree.match(request.profile, sequence.token_ids, limit)
+            return self.tree.match_units(request.cache_profile, sequence.token_ids, known, slots)
+        runs = self.tree.match(request.cache_profile, sequence.token_ids, limit)
         return runs if self.layout.window is None else runs[: self._readable(runs)]
 
     def _readable(self, runs: list[SealedRun]) -> int:
@@ -250,12 +250,19 @@ class CacheAccounting:
     def reserve_draft(self, sequence: Sequence, count: int, plan: StepPlan) -> int:
         """Make up to ``count`` slots more, behind one that is reserved; return how many.
 
-        They may come to nothing, and stay with the sequence: new pages are blanked.
+        They may come to nothing: all new pages are blanked, and ``trim`` takes back what is left.
         """
         columns, blanks = len(sequence.tail), len(plan.blank)
         made = self.reserve(sequence, 1 + count, plan) - 1
         plan.blank[blanks:] = [page for column in sequence.tail[columns:] for page in column]
         return made
+
+    def trim(self, sequence: Sequence) -> None:
+        """Take back pages behind the sequence's last slot."""
+        kept = self.layout.pages_for(sequence.num_slots) - len(sequence.runs)
+        for column in sequence.tail[kept:]:
+            self._release_pages(column)
+        del sequence.tail[kept:]
 
     def _take_columns(self, count: int) -> list[list[int]]:
         """``count`` times a page for each group, evicting what is idle as far as needed."""
@@ -295,10 +302,9 @@ class CacheAccounting:
             pages = tuple(sequence.tail.pop(0)) if self._num_groups else ()
             start = sequence.num_sealed * size
             key = tuple(sequence.token_ids[start : start + size])
-            if self._share and start + size <= sequence.request.num_shareable:
-                parent = (
-                    sequence.runs[-1] if sequence.runs else self.tree.root(sequence.request.profile)
-                )
+            request, runs = sequence.request, sequence.runs
+            if self._share and start + size <= request.num_shareable:
+                parent = runs[-1] if runs else self.tree.root(request.cache_profile)
                 run, spare = self.tree.insert(parent, key, pages)
             else:
                 run, spare = self.tree.new_run(pages, key), []
@@ -340,7 +346,7 @@ class CacheAccounting:
         pages = tuple(page for column in sequence.spare for page in column)
         key = tuple(sequence.token_ids[end - sequence.num_slots : end])
         if self._share and end <= request.num_shareable:
-            parent = sequence.units[-1] if sequence.units else self.tree.root(request.profile)
+            parent = sequence.units[-1] if sequence.units else self.tree.root(request.cache_profile)
             run, unused = self.tree.insert(parent, key, pages, end)
         else:
             run, unused = self.tree.new_run(pages, key, end), []
@@ -500,10 +506,7 @@ class CacheAccounting:
         for column in held[: sequence.num_passed]:
             for group in self._windowed.tolist():
                 column[group] = 0
-        drafting = sequence.request.drafting
-        most = sequence.num_slots + (0 if drafting is None else 1 + drafting.most_drafted)
-        pages = range(self.layout.pages_for(sequence.num_slots), self.layout.pages_for(most) + 1)
-        if self._num_groups and len(held) not in pages:
+        if self._num_groups and len(held) != self.layout.pages_for(sequence.num_slots):
             raise AssertionError(f"{name} holds {len(held)} columns of pages")
         actual = self.tables[:, sequence.table_row, : len(held)].T.tolist()
         if actual != held:

@@ -344,6 +344,8 @@ class Engine:
             sequence = self._sequences.get(row.sequence)
             if sequence is not None:
                 self._commit_outputs(sequence, row, outcome)
+                if row.draft_room and sequence.status is Status.RUNNING:
+                    self.scheduler.accounting.trim(sequence)
                 if sequence.draft_gain is not None and all_single:
                     drafted = outcome.drafted > 0
                     sequence.draft_gain.note(len(outcome.tokens), executed - started, drafted)

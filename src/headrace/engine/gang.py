@@ -39,25 +39,18 @@ class Gang:
         return self.members[0]
 
     @property
-    def has_parted(self) -> bool:
-        """Whether members have blocks of their own."""
-        return self.leader.begin > 0
-
-    @property
     def can_part(self) -> bool:
-        """Whether the prompt is in the cache, and the members have not parted."""
+        """Whether the prompt is in the cache, and the members have no blocks of their own yet."""
         prompt = len(self.leader.request.prompt_token_ids)
-        return not self.has_parted and self.leader.num_fed == prompt
-
-    @property
-    def feeding(self) -> list[Sequence]:
-        """The members that feed a token in the coming step, once they have parted."""
-        return [member for member in self.members if member.num_pending > 0]
+        return self.leader.begin == 0 and self.leader.num_fed == prompt
 
     def num_columns(self, layout: CacheLayout) -> int:
-        """Pages of each cache group that hold all known tokens."""
-        prompt = len(self.leader.request.prompt_token_ids)
-        blocks = (layout.pages_for(len(each.token_ids) - prompt) for each in self.members)
+        """Pages of each cache group that hold all known tokens, and let each member feed one."""
+        request = self.leader.request
+        prompt, least = len(request.prompt_token_ids), int(request.max_tokens > 1)
+        blocks = (
+            layout.pages_for(max(len(each.token_ids) - prompt, least)) for each in self.members
+        )
         return layout.pages_for(prompt) + sum(blocks)
 
     def segments(self, viewer: Sequence) -> list[Segment]:
@@ -75,7 +68,7 @@ class Gang:
                 shift += length
                 found.append(Segment(other.table_row, other.begin, length, shift))
         prompt = len(viewer.request.prompt_token_ids)
-        found.append(Segment(viewer.table_row, 0, prompt, shift))
+        found.append(Segment(self.leader.table_row, 0, prompt, shift))
         return found[::-1]
 
 

@@ -252,9 +252,7 @@ class Scheduler:
 
 def feeding_members(leader: Sequence) -> list[Sequence]:
     """The members of a gang that has parted which feed an input in the coming step."""
-    gang = leader.request.gang
-    assert gang is not None
-    return gang.feeding
+    return [member for member in leader.together if member.num_pending > 0]
 
 
 def _set_status(sequence: Sequence, status: Status) -> None:

@@ -48,6 +48,7 @@ class Request:
 
     __slots__ = (
         "boundaries",
+        "cache_profile",
         "drafting",
         "gang",
         "kv_policy",
@@ -94,6 +95,7 @@ class Request:
         self.max_tokens = max_tokens
         self.priority = priority
         self.profile = profile
+        self.cache_profile = profile.of_cache if profile.methods else profile
         self.kv_policy = next(iter(of_kind(profile.methods, KVPolicy)), None)
         self.slot_policy = next(iter(of_kind(profile.methods, SlotPolicy)), None)
         self.schedule: CompactionSchedule | None = None

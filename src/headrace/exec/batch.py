@@ -39,6 +39,7 @@ class ForwardBatch:
         segments: what inputs read beside the own context of their rows.
         coded: the rows with coded units before their own slots.
         neurons: which inputs go through some neurons only, if any do.
+        block: number of the rows' block in the step; see ``Placement``.
     """
 
     input_ids: Tensor
@@ -52,6 +53,7 @@ class ForwardBatch:
     segments: SegmentReads | None = None
     coded: Sequence[CodedRow] = ()
     neurons: NeuronStep | None = None
+    block: int = 0
 
 
 class BatchBuilder:
@@ -60,7 +62,7 @@ class BatchBuilder:
     Of models that are not causal, it is one per row: tokens see those behind them.
 
     Args:
-        extensions: whose rows are told apart.
+        extensions: whose rows are told apart, and whose placement splits them into blocks.
     """
 
     def __init__(
@@ -71,13 +73,24 @@ class BatchBuilder:
         extensions: Extensions | None = None,
     ) -> None:
         self._extensions = extensions or Extensions()
+        self._placement = self._extensions.placed.placement
         self._arena = arena
         self._ops = ops
         self._causal = causal
-        self._groups = range(len(arena.layout.groups))
+        self._groups = range(arena.num_tables)
 
     def build(self, rows: Sequence[PlanRow], tables: PageTables) -> list[ForwardBatch]:
         """The micro-batches, in the order in which they must run."""
+        if not self._placement.on_disk:
+            return self._build(rows, tables)
+        batches = []
+        for block, part in enumerate(self._placement.split(rows, self._arena.layout)):
+            for batch in self._build(part, self._arena.tables_of(block, part, tables)):
+                batch.block = block
+                batches.append(batch)
+        return batches
+
+    def _build(self, rows: Sequence[PlanRow], tables: PageTables) -> list[ForwardBatch]:
         if not self._ops.batch_invariant:
             return [self._batch(rows, tables)]
         if not self._causal:

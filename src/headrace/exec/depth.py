@@ -58,6 +58,8 @@ class DepthMethod(Method):
         """Layers on both sides of each exit; KV behind the first must not go before it is made."""
         if not model.causal:
             raise ValueError("needs a model that generates; this one reads texts as a whole")
+        if list(self.exits) != sorted(set(self.exits)):
+            raise ValueError(f"layers must be ascending, got {', '.join(map(str, self.exits))}")
         last = len(model.layers) - 1
         for exit in self.exits:
             if not 1 <= exit <= last:

@@ -6,11 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from headrace.contracts.placement import Placement, Tier
 from headrace.exec.depth import DepthRouter
 from headrace.exec.neurons import NeuronRouter
 from headrace.exec.slot_statistics import SlotStatistics
 from headrace.exec.taps import Tap
 from headrace.ops.adapted_linear import AdapterRoutes
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A placement, and what brings what is on disk."""
+
+    placement: Placement = field(default_factory=Placement)
+    tiers: tuple[Tier, ...] = ()
 
 
 @dataclass(slots=True)
@@ -23,6 +32,7 @@ class Extensions:
         statistics: what policies of slots note of attention.
         neurons: sends inputs through some of the inner neurons.
         depth: lets rows leave before the last layer.
+        placed: what is on disk; its tiers are closed with the runner.
     """
 
     routes: AdapterRoutes = field(default_factory=AdapterRoutes)
@@ -30,3 +40,4 @@ class Extensions:
     statistics: SlotStatistics | None = None
     neurons: NeuronRouter | None = None
     depth: DepthRouter | None = None
+    placed: Placed = field(default_factory=Placed)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from headrace.exec.depth import Route
 from headrace.exec.extensions import Extensions
 from headrace.exec.layer_loop import LayerLoop
 from headrace.exec.page_view import PageView
+from headrace.exec.taps import SITES, ShapeTap, Site, SiteShapes, Tap
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
 from headrace.ops.table import Ops
@@ -77,3 +80,17 @@ class Forward:
         """``[R, vocab]`` after the last input of each row."""
         ends = torch.tensor([len(row.input_ids) for row in rows], device=hidden.device)
         return self.logits(hidden[ends.cumsum(0) - 1])
+
+    def trace_shapes(self) -> SiteShapes:
+        """What passes each site, found by feeding a token into pages that nobody holds yet."""
+        shapes: dict[tuple[Site, int], tuple[int, ...]] = {}
+        taps: dict[str, Tap[Any]] = {site: ShapeTap(site, shapes) for site in SITES}
+        row = PlanRow(sequence=0, table_row=0, input_ids=[0], positions=range(1), slot=0)
+        tables = np.zeros((len(self.arena.layout.groups), 1, 1), dtype=np.int32)
+        before, self.extensions.taps = self.extensions.taps, taps
+        with torch.inference_mode():
+            [batch] = self.builder.build([row], tables)
+            batch.tapped = dict.fromkeys(SITES, ())
+            self.loop.run([batch])
+        self.extensions.taps = before
+        return shapes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -153,19 +154,27 @@ class LayerContext:
 
 
 class LayerLoop:
-    """Runs a model over micro-batches: all layers of one before the next begins."""
+    """Runs a model over micro-batches: all layers of one before the next begins.
+
+    With ``tiers``, all micro-batches pass a layer before the next layer begins, so that what a
+    layer needs is brought once: a block schedule.
+    """
 
     def __init__(
         self, model: DecoderModel, arena: KVArena, ops: Ops, extensions: Extensions | None = None
     ) -> None:
         self._extensions = extensions or Extensions()
+        self._tiers = self._extensions.placed.tiers
         self._model = model
         self._arena = arena
         self._ops = ops
 
     def run(self, batches: Sequence[ForwardBatch], view: PageView | None = None) -> Tensor:
         """Hidden states of all inputs, ``[T, hidden]``, before the final norm."""
-        hidden = [self._run_layers(batch, view) for batch in batches]
+        if self._tiers:
+            hidden = self._run_by_layer(batches, view)
+        else:
+            hidden = [self._run_layers(batch, view) for batch in batches]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def run_routed(
@@ -194,22 +203,53 @@ class LayerLoop:
     ) -> Tensor:
         """Layers ``first`` up to ``end`` on the residual stream of all micro-batches."""
         parts = hidden.split([len(batch.input_ids) for batch in batches]) if batches else ()
-        passed = [
-            self._pass(part, self._enter(batch, None), first, end)
-            for batch, part in zip(batches, parts, strict=True)
-        ]
+        passed = []
+        for batch, part in zip(batches, parts, strict=True):
+            self._route(batch)
+            passed.append(self._pass(part, self._context(batch, None), first, end))
         return torch.cat(passed) if passed else hidden
 
-    def _run_layers(self, batch: ForwardBatch, view: PageView | None) -> Tensor:
-        context = self._enter(batch, view)
-        return self._pass(self._embed(batch), context, 0, len(self._model.layers))
+    def _context(self, batch: ForwardBatch, view: PageView | None) -> LayerContext:
+        return LayerContext(batch, self._arena, self._ops, self._extensions, view)
 
-    def _enter(self, batch: ForwardBatch, view: PageView | None) -> LayerContext:
-        extensions = self._extensions
-        extensions.routes.rows = batch.adapted
-        if extensions.neurons is not None:
-            extensions.neurons.routes.step = batch.neurons
-        return LayerContext(batch, self._arena, self._ops, extensions, view)
+    def _route(self, batch: ForwardBatch) -> None:
+        """Say which inputs go through which adapters and neurons, before they run."""
+        self._extensions.routes.rows = batch.adapted
+        if self._extensions.neurons is not None:
+            self._extensions.neurons.routes.step = batch.neurons
+
+    def _run_by_layer(self, batches: Sequence[ForwardBatch], view: PageView | None) -> list[Tensor]:
+        hidden = [self._embed(batch) for batch in batches]
+        contexts = [self._context(batch, view) for batch in batches]
+        blocks = [
+            [*places] for _, places in groupby(range(len(batches)), lambda i: batches[i].block)
+        ]
+        try:
+            for tier in self._tiers:
+                tier.begin(len(blocks))
+            for index, layer in enumerate(self._model.layers):
+                for block, places in enumerate(blocks):
+                    for tier in self._tiers:
+                        tier.enter(index, block)
+                    for place in places:
+                        self._route(batches[place])
+                        entering = contexts[place].enter(index, hidden[place])
+                        hidden[place] = layer.feed(layer.mix(entering, contexts[place]))
+                    for tier in self._tiers:
+                        tier.leave(index, block)
+            for tier in self._tiers:
+                tier.end()
+        except BaseException:
+            for tier in self._tiers:
+                tier.stop()
+            raise
+        last = len(self._model.layers) - 1
+        return [context.leave(last, part) for context, part in zip(contexts, hidden, strict=True)]
+
+    def _run_layers(self, batch: ForwardBatch, view: PageView | None) -> Tensor:
+        context = self._context(batch, view)
+        self._route(batch)
+        return self._pass(self._embed(batch), context, 0, len(self._model.layers))
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
         return self._model.embed(batch.input_ids, batch.positions)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.step import (
     PageTables,
-    PlanRow,
     RowResult,
     Runner,
     StepPlan,
@@ -25,30 +22,11 @@ from headrace.exec.coded_past import fill_unit
 from headrace.exec.decoding.drafter import Drafter
 from headrace.exec.decoding.speculation import Speculation
 from headrace.exec.depth import Route
-from headrace.exec.extensions import Extensions
 from headrace.exec.forward import Forward
 from headrace.exec.sampling.sampler import Sampler, token_logprobs
-from headrace.exec.taps import SITES, ShapeTap, Site, SiteShapes, Tap
-from headrace.kv.arena import KVArena
-from headrace.models.base import DecoderModel
-from headrace.ops.table import Ops
 
 _SCORED_AT_ONCE = 64
 """Rows of prompt logits in memory at once, since a row is as wide as the vocabulary."""
-
-
-def trace_shapes(model: DecoderModel, arena: KVArena, ops: Ops) -> SiteShapes:
-    """What passes each site of a model, found by feeding a token into pages that nobody holds."""
-    shapes: dict[tuple[Site, int], tuple[int, ...]] = {}
-    taps: dict[str, Tap[Any]] = {site: ShapeTap(site, shapes) for site in SITES}
-    row = PlanRow(sequence=0, table_row=0, input_ids=[0], positions=range(1), slot=0)
-    tables = np.zeros((len(arena.layout.groups), 1, 1), dtype=np.int32)
-    forward = Forward(model, arena, ops, Extensions(taps=taps))
-    with torch.inference_mode():
-        [batch] = forward.builder.build([row], tables)
-        batch.tapped = dict.fromkeys(SITES, ())
-        forward.loop.run([batch])
-    return shapes
 
 
 class LocalRunner(Runner):
@@ -56,6 +34,9 @@ class LocalRunner(Runner):
 
     Args:
         drafters: what guesses tokens, by name of the method.
+
+    Attributes:
+        tiers: what brings what is on disk; closed with the runner.
     """
 
     def __init__(
@@ -64,6 +45,7 @@ class LocalRunner(Runner):
         sampler: Sampler,
         drafters: Mapping[str, Drafter] | None = None,
     ) -> None:
+        self.tiers = forward.extensions.placed.tiers
         self.arena = forward.arena
         self.sampler = sampler
         self._forward = forward
@@ -82,6 +64,10 @@ class LocalRunner(Runner):
 
     def collect(self, ticket: Ticket) -> StepResult:
         return self._results.pop(ticket)
+
+    def close(self) -> None:
+        for tier in self.tiers:
+            tier.close()
 
     def _execute(self, plan: StepPlan, tables: PageTables) -> StepResult:
         marks = [time.perf_counter()]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
+from headrace.contracts.step import PageTables, PlanRow
 from headrace.ops.device import DTYPES, empty_bytes
 from headrace.ops.paged import LayerCache, PagedPlane
 
@@ -15,6 +16,41 @@ States = dict[str, Tensor]
 """Name of a plane -> ``[rows, heads, width]``, one entry for each row of the page tables."""
 
 _DTYPES = {**DTYPES, "int8": torch.int8, "int32": torch.int32}
+
+
+Planes = dict[tuple[int, str], PagedPlane]
+"""(layer, name) -> plane."""
+
+
+def carve(pages: Tensor, group: CacheGroup, block_size: int) -> Planes:
+    """The planes of a group, one after another in ``pages``; a plane's scales come to it."""
+    found: Planes = {}
+    offset = 0
+    for layer, planes in zip(group.layers, group.planes, strict=True):
+        made = {}
+        for spec in planes:
+            made[spec.name] = _plane(pages, spec, offset, block_size)
+            offset += spec.page_bytes(block_size)
+        for name, plane in made.items():
+            plane.scales = made.get(f"{name}_scale")
+            found[layer, name] = plane
+    return found
+
+
+def _plane(pages: Tensor, spec: PlaneSpec, offset: int, block_size: int) -> PagedPlane:
+    dtype = _DTYPES[spec.dtype]
+    strip = block_size * spec.width * dtype.itemsize
+    offsets = tuple(offset + head * strip for head in range(spec.heads))
+    return PagedPlane(pages, offsets, block_size, spec.width, dtype)
+
+
+def layer_caches(planes: Planes) -> dict[int, LayerCache]:
+    """What attention reads and writes of each layer."""
+    return {
+        layer: LayerCache(key, planes.get((layer, "value"), key))
+        for (layer, name), key in planes.items()
+        if name == "key"
+    }
 
 
 class KVArena:
@@ -31,40 +67,18 @@ class KVArena:
         self.layout = layout
         memory = empty_bytes(num_pages * layout.page_bytes, device)
         self.pages = memory.view(num_pages, layout.page_bytes)
-        self._planes: dict[tuple[int, str], PagedPlane] = {}
+        self._planes: Planes = {}
         for group in layout.groups:
-            self._carve(group)
+            self._planes |= carve(self.pages, group, layout.block_size)
         self._group_of = {
             layer: index for index, group in enumerate(layout.groups) for layer in group.layers
         }
-        self._caches = {
-            layer: LayerCache(key, self._planes.get((layer, "value"), key))
-            for (layer, name), key in self._planes.items()
-            if name == "key"
-        }
+        self._caches = layer_caches(self._planes)
         self._states: dict[int, States] = {}
         for layer, spec in layout.all_states:
             shape = (num_rows, spec.heads, spec.width)
             plane = torch.zeros(shape, dtype=_DTYPES[spec.dtype], device=device)
             self._states.setdefault(layer, {})[spec.name] = plane
-
-    def _carve(self, group: CacheGroup) -> None:
-        """Make the planes of a group; a plane's scales come to it."""
-        offset = 0
-        for layer, planes in zip(group.layers, group.planes, strict=True):
-            made = {}
-            for spec in planes:
-                made[spec.name] = self._plane(spec, offset)
-                offset += spec.page_bytes(self.layout.block_size)
-            for name, plane in made.items():
-                plane.scales = made.get(f"{name}_scale")
-                self._planes[layer, name] = plane
-
-    def _plane(self, spec: PlaneSpec, offset: int) -> PagedPlane:
-        size, dtype = self.layout.block_size, _DTYPES[spec.dtype]
-        strip = size * spec.width * dtype.itemsize
-        offsets = tuple(offset + head * strip for head in range(spec.heads))
-        return PagedPlane(self.pages, offsets, size, spec.width, dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -86,6 +100,20 @@ class KVArena:
     def states(self, layer: int) -> States:
         """What ``layer`` keeps for whole sequences."""
         return self._states[layer]
+
+    @property
+    def num_tables(self) -> int:
+        """Page tables that ``group_of`` counts: a group's, unless it says otherwise."""
+        return len(self.layout.groups)
+
+    def tables_of(self, block: int, rows: Sequence[PlanRow], tables: PageTables) -> PageTables:
+        """The page tables by which attention finds the pages of these rows.
+
+        Args:
+            block: number of the rows' block in the step.
+            tables: of the engine, where no page has moved.
+        """
+        return tables
 
     def group_plane(self, group: int) -> PagedPlane:
         """Any plane of a group that holds keys: all share block size and heads."""

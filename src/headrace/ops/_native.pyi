@@ -43,6 +43,11 @@ class LinearWeight:
         bias: int,
     ) -> None: ...
 
+class NeuronWeight:
+    def __init__(
+        self, neurons: int, hidden: int, values: int, scales: int, inner_bias: int
+    ) -> None: ...
+
 class LayerCache:
     def __init__(
         self,
@@ -91,6 +96,22 @@ class Context:
         out: int,
         out_stride: int,
         out_is_float: bool,
+        /,
+    ) -> None: ...
+    def multiply_chosen(
+        self,
+        weight: NeuronWeight,
+        bias: int,
+        x: int,
+        x_stride: int,
+        rows: int,
+        chosen: int,
+        most: int,
+        norm: int,
+        epsilon: float,
+        residual: int,
+        residual_stride: int,
+        out: int,
         /,
     ) -> None: ...
     def rows_of(self, weight: LinearWeight, ids: int, count: int, out: int, /) -> None: ...

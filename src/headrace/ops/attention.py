@@ -143,12 +143,15 @@ class Arrangement:
 
 @dataclass(slots=True)
 class PagedPlan:
-    """Pages and slots ``[T]`` to write; the arrangement of each window that was asked for."""
+    """Pages and slots ``[T]`` to write; the arrangement of each window that was asked for, or what
+    the rows see of their pasts alone.
+    """
 
     shape: StepShape
     pages: Tensor
     slots: Tensor
     by_window: dict[int | None, Arrangement] = field(default_factory=dict)
+    pasts: list[Past] = field(default_factory=list)
 
 
 class PagedAttention(Attention[PagedPlan]):
@@ -267,7 +270,10 @@ class PagedAttention(Attention[PagedPlan]):
         k = _store(cache.keys, plan, k)
         width = spec.value_width
         v = _store(cache.values, plan, v) if width is None else k[..., :width]
-        rows = self._arrangement(plan, cache.keys.block_size, spec.window)
+        if spec.window not in plan.by_window:
+            arranged = self._arrange(plan.shape, cache.keys.block_size, spec.window)
+            plan.by_window[spec.window] = arranged
+        rows = plan.by_window[spec.window]
         if rows.whole and rows.singles:
             return self._attend_singles(q, cache, spec, rows.singles[0])
         if rows.whole:
@@ -283,21 +289,27 @@ class PagedAttention(Attention[PagedPlan]):
             out[where], lse[where] = part
         return out, lse
 
-    def attend_cached(
+    def attend_past(
         self, q: Tensor, cache: LayerCache, spec: AttentionSpec, plan: PagedPlan
     ) -> tuple[Tensor, Tensor]:
-        rows = self._arrangement(plan, cache.keys.block_size, spec.window)
-        out = q.new_empty((*q.shape[:2], spec.value_width or cache.values.width))
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        for single in rows.singles:
-            part = self._attend_singles(q[single.queries], cache, spec, single)
-            out[single.queries], lse[single.queries] = part
-        return out, lse
+        shape, size = plan.shape, cache.keys.block_size
+        if not plan.pasts:
+            plan.pasts = [self._past(shape, row, size, None) for row in range(len(shape.lengths))]
+        outs, lses = [], []
+        for queries, past in zip(q.split(shape.lengths.tolist()), plan.pasts, strict=True):
+            out, lse = self._attend_past(queries.transpose(0, 1)[None], cache, spec, past)
+            outs.append(out[0].transpose(0, 1))
+            lses.append(lse[0].transpose(0, 1))
+        return torch.cat(outs), torch.cat(lses)
 
-    def _arrangement(self, plan: PagedPlan, size: int, window: int | None) -> Arrangement:
-        if window not in plan.by_window:
-            plan.by_window[window] = self._arrange(plan.shape, size, window)
-        return plan.by_window[window]
+    def _attend_past(
+        self, q: Tensor, cache: LayerCache, spec: AttentionSpec, past: Past
+    ) -> tuple[Tensor, Tensor]:
+        """``[1, heads, queries, width]`` attend to the past of their row."""
+        key, value = (
+            x[None, :, : past.length] for x in _gather(cache, past.pages, q.dtype, spec.value_width)
+        )
+        return self._kernel(q, key, value, spec, past.mask, False)
 
     def _attend_singles(
         self, q: Tensor, cache: LayerCache, spec: AttentionSpec, rows: SingleQueries
@@ -328,12 +340,7 @@ class PagedAttention(Attention[PagedPlan]):
         out, lse = self._kernel(query, key, value, spec, rows.mask, causal)
         past = rows.past
         if past is not None:
-            past_key, past_value = (
-                x[None, :, : past.length]
-                for x in _gather(cache, past.pages, q.dtype, spec.value_width)
-            )
-            early = query[:, :, : past.queries]
-            before = self._kernel(early, past_key, past_value, spec, past.mask, False)
+            before = self._attend_past(query[:, :, : past.queries], cache, spec, past)
             merged = merge_attention(out[:, :, : past.queries], lse[:, :, : past.queries], *before)
             if past.queries == rows.length:
                 out, lse = merged

@@ -64,8 +64,8 @@ class ChosenAttention(Attention[ChosenPlan]):
         made = self._made(plan, chosen)
         return self._versions[chosen].attend(q, k, v, cos, sin, cache, spec, made, score_sums)
 
-    def attend_cached(
+    def attend_past(
         self, q: Tensor, cache: LayerCache, spec: AttentionSpec, plan: ChosenPlan
     ) -> tuple[Tensor, Tensor]:
         last = len(self._versions) - 1
-        return self._versions[last].attend_cached(q, cache, spec, self._made(plan, last))
+        return self._versions[last].attend_past(q, cache, spec, self._made(plan, last))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headrace.disk import FilePlace
 from headrace.ops import reference
 from headrace.ops.block_weight import BlockWeight, unpack_blocks
 from headrace.ops.packed_weight import (
@@ -83,8 +84,19 @@ class LinearOps(ABC):
     reference's. Biases are ``[N]`` in the compute dtype.
     """
 
-    keeps_blocks: ClassVar[bool] = False
+    keeps_blocks: bool = False
     """Whether weights in blocks are multiplied as they are, and better kept so than dequantized."""
+    dense_layout: Literal["plain", "packed", "opaque"] = "plain"
+    """How dense weights are kept: ``[N, K]``, packed, or as a library likes it. Those of the first
+    two kinds are read where they lie."""
+
+    def expect(self, name: str, places: Mapping[str, FilePlace] | None = None) -> None:
+        """What is made ready next belongs to the weight of that name.
+
+        Args:
+            places: where tensors of a packed weight lie in files, by the names of its fields.
+        """
+        return None
 
     @abstractmethod
     def dense(

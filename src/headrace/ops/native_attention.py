@@ -143,7 +143,7 @@ class NativeAttention(Attention[NativePlan]):
         )
         return out, lse
 
-    def attend_cached(
+    def attend_past(
         self, q: Tensor, cache: LayerCache, spec: AttentionSpec, plan: NativePlan
     ) -> tuple[Tensor, Tensor]:
         raise ValueError("native attention always writes")

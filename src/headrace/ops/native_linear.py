@@ -32,6 +32,7 @@ class NativeLinearOps(LinearOps):
     """
 
     keeps_blocks = True
+    dense_layout = "packed"
 
     def __init__(self, context: _native.Context) -> None:
         self._context = context

@@ -239,16 +239,15 @@ class Attention(ABC, Generic[Plan]):
         """
 
     @abstractmethod
-    def attend_cached(
+    def attend_past(
         self, q: Tensor, cache: LayerCache, spec: AttentionSpec, plan: Plan
     ) -> tuple[Tensor, Tensor]:
-        """Attend to what is cached already, and write nothing.
+        """Attend to what was cached before the step, and write nothing.
 
         Args:
-            q: ``[R, heads, width]``: rotated.
+            q: ``[T, heads, width]``: rotated. All queries of a row see all of its past.
             spec: without a window.
-            plan: of a step whose rows have one query each. Each sees its row's whole context, the
-                slot after the past included.
+            plan: of a step in which every row has a past.
 
         Returns:
             As ``attend``.

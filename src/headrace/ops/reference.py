@@ -64,6 +64,26 @@ def merge_attention(
     return (out_a.float() * weight_a + out_b.float() * weight_b).to(out_a.dtype), lse
 
 
+def merge_parts(
+    out: Tensor, lse: Tensor, outs: Tensor, lses: Tensor, owners: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``merge_attention`` of each of N queries with any number of other parts of its keys.
+
+    Args:
+        out: ``[N, heads, width]``; lse: ``[N, heads]`` in fp32.
+        outs, lses: of the M other parts, ``[M, ...]``; owners: int64 ``[M]``: whose each is.
+
+    Returns:
+        Both in fp32.
+    """
+    top = lse.scatter_reduce(0, owners[:, None].expand_as(lses), lses, "amax")
+    own, others = torch.exp(lse - top), torch.exp(lses - top[owners])
+    total = own.index_add(0, owners, others)
+    summed = out.float() * own.unsqueeze(-1)
+    summed.index_add_(0, owners, outs.float() * others.unsqueeze(-1))
+    return summed / total.unsqueeze(-1), top + total.log()
+
+
 def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Attention ``[T, heads, width]`` as it is with one more key per head that has no value.
 
@@ -157,21 +177,26 @@ class ReferenceAttention(Attention[ReferencePlan]):
                 start += length
         return out.view(*q.shape[:2], -1).to(q.dtype), lse.view(q.shape[:2])
 
-    def attend_cached(
+    def attend_past(
         self, q: Tensor, cache: LayerCache, spec: AttentionSpec, plan: ReferencePlan
     ) -> tuple[Tensor, Tensor]:
         by_kv_head = q.float().view(len(q), cache.keys.heads, -1, q.shape[-1])
-        width = spec.value_width or cache.values.width
-        out = by_kv_head.new_empty((*by_kv_head.shape[:3], width))
-        lse = torch.empty(by_kv_head.shape[:3], dtype=torch.float32, device=q.device)
-        for head, group in enumerate(plan.shape.head_group.tolist()):
-            for row, context in enumerate(plan.shape.contexts[group].tolist()):
-                pages = plan.pages[group][row]
-                keys, values = (x.read(head, pages)[:context] for x in (cache.keys, cache.values))
-                query = by_kv_head[row : row + 1, head]
-                found = attend_densely(query, keys, values[:, :width], spec)
-                out[row : row + 1, head], lse[row : row + 1, head], _ = found
-        return out.view(*q.shape[:2], -1).to(q.dtype), lse.view(q.shape[:2])
+        outs: list[Tensor] = []
+        lses: list[Tensor] = []
+        for row, queries in enumerate(by_kv_head.split(plan.shape.lengths.tolist())):
+            found = []
+            for head, group in enumerate(plan.shape.head_group.tolist()):
+                past, pages = int(plan.shape.past[group, row]), plan.pages[group][row]
+                keys, values = (x.read(head, pages)[:past] for x in (cache.keys, cache.values))
+                # As if heads of one query, which sees everything.
+                query = queries[:, head].flatten(0, 1)[None]
+                out, lse, _ = attend_densely(query, keys, values[:, : spec.value_width], spec)
+                found.append(
+                    (out.view(len(queries), -1, out.shape[-1]), lse.view(len(queries), -1))
+                )
+            outs.append(torch.cat([out for out, _ in found], dim=1))
+            lses.append(torch.cat([lse for _, lse in found], dim=1))
+        return torch.cat(outs).to(q.dtype), torch.cat(lses)
 
 
 def attend_densely(

@@ -20,6 +20,7 @@ from headrace.ops.host import usable_cores
 from headrace.ops.linear import LinearOps, ReferenceLinear
 from headrace.ops.native_attention import NativeAttention
 from headrace.ops.native_linear import NativeLinearOps, native_rms_norm
+from headrace.ops.native_neurons import native_neurons
 from headrace.ops.neurons import (
     GatheredNeurons,
     NeuronProduct,
@@ -146,7 +147,7 @@ def native_ops(context: _native.Context) -> Ops:
         attention=ChosenAttention(
             [NativeAttention(context), PagedAttention(flash_kernel, "cpu", torch.bfloat16)]
         ),
-        neurons=partial(GatheredNeurons, rms_norm=partial(native_rms_norm, context)),
+        neurons=partial(native_neurons, context),
         selection=Selection(partial(native_highest, context), partial(native_lowest_kept, context)),
         isa=context.isa,
         threads=context.threads,

@@ -35,6 +35,7 @@ class TorchCpuLinear(ReferenceLinear):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         self._packs = dtype == torch.bfloat16 and packs_weights()
+        self.dense_layout = "opaque" if self._packs else "plain"
 
     def ready(self, weight: Tensor) -> Tensor:
         if not self._packs:

@@ -40,7 +40,8 @@ class LinearCost:
 
     def seconds(self, plan: StepPlan) -> float:
         """Predicted duration of a plan."""
-        slots = sum(row.slot + len(row.input_ids) for row in plan.rows)
+        slots = sum(row.slot - row.begin + len(row.input_ids) for row in plan.rows)
+        slots += sum(segment.length for row in plan.rows for segment in row.segments)
         work = max(self.weights, plan.num_inputs * self.per_input)
         return self.step + work + slots * self.per_slot
 

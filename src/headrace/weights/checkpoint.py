@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headrace.disk import FilePlace
 from headrace.weights.stored_blocks import StoredBlocks
 
 
@@ -56,6 +57,14 @@ class Checkpoint(ABC):
         Raises:
             CheckpointError: it is missing, or has another shape or dtype than is asked for.
         """
+
+    def place(self, name: str) -> FilePlace | None:
+        """Where the bytes of a tensor lie; ``None`` if it is made of others as it is read.
+
+        Raises:
+            CheckpointError: it is missing.
+        """
+        return None
 
     @abstractmethod
     def kind(self, name: str, index: int | None = None) -> str:

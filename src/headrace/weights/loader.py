@@ -93,6 +93,7 @@ class CheckpointLoader(ABC):
         return self.bank.adapt(linear, stack) if adaptable else linear
 
     def _counted(self, stack: Stack, format: WeightFormat | None, indexed: bool = False) -> Linear:
+        self._ops.linears.expect(stack.name)
         linear = self._linear(stack, format, indexed)
         self.num_parameters += stack.num_parameters
         self.num_bytes += linear.num_bytes
@@ -222,6 +223,9 @@ class PackedLoader(CheckpointLoader):
             part: self._mapped(f"{name}.{part}", shape, dtype)
             for part, (dtype, shape) in shapes.items()
         }
+        found = {part: self._reader.place(f"{name}.{part}") for part in parts}
+        places = {part: place for part, place in found.items() if place is not None}
+        self._ops.linears.expect(name, places)
         packed = PackedWeight(format, stack.total, stack.columns, stack.gated, **parts)
         return self._ops.linears.packed(packed, bias)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from headrace.contracts.load_map import LoadMap
+from headrace.disk import FilePlace
 from headrace.weights.checkpoint import Checkpoint
 from headrace.weights.stored_blocks import StoredBlocks
 
@@ -77,6 +78,10 @@ class WeightReader:
     def view(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """One tensor where its file is mapped. Raises CheckpointError."""
         return self._counted(self._checkpoint.view(name, shape, dtype))
+
+    def place(self, name: str) -> FilePlace | None:
+        """Where a tensor lies that is stored under this name, if that is known."""
+        return self._checkpoint.place(name)
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One tensor in memory of its own. Raises CheckpointError."""

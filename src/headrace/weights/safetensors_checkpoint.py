@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from headrace.disk import FilePlace
 from headrace.errors import CheckpointError
 from headrace.json_file import read_json
 from headrace.weights.checkpoint import Checkpoint
@@ -130,6 +131,13 @@ class SafetensorsCheckpoint(Checkpoint):
                 "it with `headrace quantize`"
             )
         return stored.load(index).bfloat16()
+
+    def place(self, name: str) -> FilePlace | None:
+        """See ``Checkpoint``."""
+        if name in self._quantized:
+            return None
+        stored = self._files[name]
+        return FilePlace(stored.path, stored.offset, stored.num_bytes)
 
     def kind(self, name: str, index: int | None = None) -> str:
         """See ``Checkpoint``: safetensors' names of types, or what is stored in their place."""

@@ -36,6 +36,7 @@ class HogwildInference(GangMethod):
                 Property.OWN_CONTEXT,
                 Property.FULL_DEPTH,
                 Property.FED_TOKENS_STAY,
+                Property.IN_MEMORY,
             }
         ),
         breaks=frozenset({Property.OWN_CONTEXT}),

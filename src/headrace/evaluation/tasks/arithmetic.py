@@ -17,7 +17,7 @@ class Arithmetic(Task):
     """
 
     name = "arithmetic"
-    levels = ("2", "4", "6")
+    levels = ("2", "4", "6", "20")
 
     def max_tokens(self, level: str) -> int:
         return 16 * int(level) + 32

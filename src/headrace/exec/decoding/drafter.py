@@ -11,7 +11,7 @@ from torch import Tensor
 from headrace.contracts.drafting import DraftMethod
 from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow, SampleState
-from headrace.exec.decoding.verifier import DRAW, Chain, judge, numbers
+from headrace.exec.decoding.verifier import DRAW, Chain, numbers
 from headrace.exec.forward import Forward, LoadedModel
 from headrace.exec.sampling import wide
 from headrace.exec.sampling.sampler import Sampler
@@ -111,7 +111,8 @@ class Guess:
         ``slot`` is where the input of the step's row goes.
         """
         last, row = self.start - 1, self.row
-        ids = [[*self.state.prompt_token_ids, *self.state.output_token_ids][-1], *self.tokens]
+        before = self.state.output_token_ids or self.state.prompt_token_ids
+        ids = [before[-1], *self.tokens]
         return replace(
             row,
             input_ids=ids,
@@ -120,16 +121,15 @@ class Guess:
             samples=(),
         )
 
-    def grow(self, below: Guess, logits: Tensor, sampler: Sampler, level: int) -> int:
-        """Add what a model with these ``logits`` makes of a guess made for it; how much of that
-        stays. Where the logits are not finite, the chain ends.
+    def grow(self, tokens: Sequence[int], weights: Tensor) -> None:
+        """Add tokens and what they were drawn from, ``[length or more, width]``.
+
+        Without any, the chain ends.
         """
-        tokens, weights = judge(sampler, below.chain(), logits, below.state, level)
         self.tokens += tokens
         self.weights += weights[: len(tokens)]
         if not tokens:
             self.room = len(self.tokens)
-        return max(0, len(tokens) - 1)
 
 
 def guess_one_by_one(
@@ -140,6 +140,8 @@ def guess_one_by_one(
 ) -> None:
     """Draw until each has as many as there is room, as its request would draw them.
 
+    A chain ends where the logits are not finite.
+
     Args:
         next_logits: for each, what follows its tokens, ``[R, vocab]``.
         level: of the hierarchy, whose draws are apart from others'.
@@ -147,10 +149,12 @@ def guess_one_by_one(
     while growing := [guess for guess in guesses if len(guess.tokens) < guess.room]:
         states = [guess.state.after(guess.tokens) for guess in growing]
         weights, usable = sampler.distributions(next_logits(growing), states)
-        tokens = wide.locate(weights, numbers(states, level, DRAW, weights.device)).tolist()
-        for guess, token, row, ok in zip(growing, tokens, weights, usable, strict=True):
-            if ok:
-                guess.tokens.append(token)
-                guess.weights.append(row)
-            else:
-                guess.room = len(guess.tokens)
+        for guess, ok in zip(growing, usable, strict=True):
+            guess.room = guess.room if ok else len(guess.tokens)
+        drawing = [place for place, ok in enumerate(usable) if ok]
+        if drawing:
+            chosen = [states[place] for place in drawing]
+            drawn = numbers(chosen, level, DRAW, weights.device)
+            tokens = wide.locate(weights[drawing], drawn).tolist()
+            for place, token in zip(drawing, tokens, strict=True):
+                growing[place].grow([token], weights[place : place + 1])

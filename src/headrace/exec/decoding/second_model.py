@@ -44,7 +44,8 @@ class SecondModel:
         sinks: first tokens that it keeps seeing.
 
     Raises:
-        ValueError: the model keeps a recurrent state, or the window is too small.
+        ValueError: the model keeps a recurrent state, or the window is too small, or too large for
+            the memory.
     """
 
     def __init__(self, loaded: LoadedModel, parts: DraftParts, window: int, sinks: int) -> None:
@@ -61,7 +62,13 @@ class SecondModel:
         pages = layout.pages_for(self.window)
         shape = (len(layout.groups), parts.table_rows, pages)
         self._tables = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-        arena = KVArena(layout, self._tables.size, loaded.ops.device)
+        try:
+            arena = KVArena(layout, self._tables.size, loaded.ops.device)
+        except RuntimeError as error:
+            raise ValueError(
+                f"window: a cache of {self.window} tokens for each of {parts.table_rows} sequences "
+                f"does not fit into memory; lower it, or max_num_seqs: {error}"
+            ) from None
         self._forward = Forward(loaded.model, arena, loaded.ops)
         self._held = [_Held() for _ in range(parts.table_rows)]
 
@@ -108,5 +115,7 @@ class SecondModel:
     def forget(self, row: PlanRow, length: int) -> None:
         """Of the sequence of a row, only the first ``length`` tokens are what they were."""
         held = self._held[row.table_row]
+        if length <= held.start:
+            held.start = held.count = 0
         skipped = max(0, held.start - self._sinks)
         held.count = min(held.count, max(0, length - skipped))

@@ -13,7 +13,7 @@ from headrace.contracts.step import PageTables, PlanRow, RowResult, StepPlan
 from headrace.exec.decoding.drafter import Drafter, drafting_method
 from headrace.exec.decoding.verifier import Chain, judge
 from headrace.exec.forward import Forward
-from headrace.exec.sampling.sampler import Sampler, token_logprobs
+from headrace.exec.sampling.sampler import NOT_FINITE, Sampler, token_logprobs
 
 Chains = Mapping[int, Chain]
 """Place of a row in the plan -> what was guessed for it, at least one token."""
@@ -60,30 +60,40 @@ class Speculation:
             plan: without the guesses.
             hidden: of all inputs and guesses, ``[T, hidden]``.
         """
-        end = 0
+        parts, end = [], 0
         for place, row in enumerate(plan.rows):
-            chain = chains.get(place)
-            end += len(row.input_ids) + (len(chain.tokens) if chain else 0)
-            if chain:
-                seen = hidden[end - len(chain.tokens) - 1 : end]
-                results[place] = self._judge(row, chain, self._forward.logits(seen))
+            length = len(chains[place].tokens) if place in chains else 0
+            end += len(row.input_ids) + length
+            if length:
+                parts.append(hidden[end - length - 1 : end])
+        logits = self._forward.logits(torch.cat(parts))
+        self._judge(plan.rows, chains, logits, results)
         for name, places in self._by_drafter(plan.rows).items():
             told = [place for place in places if place in chains]
             accepted = [max(0, len(results[place].tokens) - 1) for place in told]
             self._drafters[name].observe([plan.rows[place] for place in told], accepted)
 
-    def _judge(self, row: PlanRow, chain: Chain, logits: Tensor) -> RowResult:
-        """``logits`` ``[length + 1, vocab]``: at each place of the chain and after it."""
-        [state] = row.samples
-        top = state.params.logprobs
-        logprobs = None if top is None else torch.log_softmax(logits.float(), -1)
-        tokens, _ = judge(self._sampler, chain, logits, state, level=0)
-        if not tokens:
-            return RowResult(error="no token can be drawn: the logits are not finite")
-        reported: Sequence[TokenLogprobs | None] = [None] * len(tokens)
-        if logprobs is not None and top is not None:
-            reported = token_logprobs(logprobs[: len(tokens)], tokens, top)
-        return RowResult(tokens, reported, drafted=len(chain.tokens))
+    def _judge(
+        self, rows: Sequence[PlanRow], chains: Chains, logits: Tensor, results: list[RowResult]
+    ) -> None:
+        """``logits`` ``[T, vocab]``: at each place of each chain and after it."""
+        places = sorted(chains)
+        states = [state for place in places for state in rows[place].samples]
+        lengths = [len(chains[place].tokens) + 1 for place in places]
+        logprobs: list[Tensor | None] = [
+            None if state.params.logprobs is None else torch.log_softmax(part.float(), -1)
+            for state, part in zip(states, logits.split(lengths), strict=True)
+        ]
+        guessed = [chains[place] for place in places]
+        judged = judge(self._sampler, guessed, logits, states, level=0)
+        for place, state, known, (tokens, _) in zip(places, states, logprobs, judged, strict=True):
+            reported: Sequence[TokenLogprobs | None] = [None] * len(tokens)
+            if known is not None:
+                reported = token_logprobs(known[: len(tokens)], tokens, state.params.logprobs or 0)
+            drafted = len(chains[place].tokens)
+            results[place] = RowResult(tokens, reported, drafted=drafted)
+            if not tokens:
+                results[place].error = NOT_FINITE
 
 
 def _extended(row: PlanRow, chain: Chain) -> PlanRow:

@@ -75,16 +75,35 @@ def verify(
 
 
 def judge(
-    sampler: Sampler, chain: Chain, logits: Tensor, state: SampleState, level: int
-) -> tuple[list[int], Tensor]:
-    """``verify`` for a model's ``logits`` ``[length + 1, vocab]``, which may be changed.
+    sampler: Sampler,
+    chains: Sequence[Chain],
+    logits: Tensor,
+    states: Sequence[SampleState],
+    level: int,
+) -> list[tuple[list[int], Tensor]]:
+    """``verify`` for several sequences, by the logits of a model.
+
+    Args:
+        logits: at each place of the first chain and after it, then of the next one,
+            ``[T, vocab]``; may be changed.
+        states: of the sequences before the chains.
 
     Returns:
-        The tokens, and what each is distributed as, ``[length + 1, width]``.
+        For each, the tokens, and what they are distributed as, ``[length + 1, width]``.
     """
-    places = [state.after(chain.tokens[:count]) for count in range(len(logits))]
+    places = [
+        state.after(chain.tokens[:count])
+        for chain, state in zip(chains, states, strict=True)
+        for count in range(len(chain.tokens) + 1)
+    ]
     target, usable = sampler.distributions(logits, places)
-    return verify(chain, target, usable, state, level), target
+    judged, start = [], 0
+    for chain, state in zip(chains, states, strict=True):
+        end = start + len(chain.tokens) + 1
+        part = target[start:end]
+        judged.append((verify(chain, part, usable[start:end], state, level), part))
+        start = end
+    return judged
 
 
 def _draw(weights: Tensor, state: SampleState, level: int, purpose: int) -> int:

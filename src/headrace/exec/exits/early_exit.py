@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -30,8 +29,7 @@ class EarlyExit(DepthMethod):
     """Draw a token from the head of an exit that is sure enough of it.
 
     A head is the model's own, behind a linear map of the residual stream if there is a file of
-    them. What becomes of the layers that a token has not gone through is not the paper's: they are
-    made up for when its sequence goes on, so nothing is missing in the cache.
+    them. Unlike in the paper, layers left out are made up for when the sequence goes on.
 
     Args:
         layers: before which rows may leave, as in 4+8: ascending, the first layer being 0.
@@ -43,10 +41,10 @@ class EarlyExit(DepthMethod):
     """
 
     card: ClassVar[MethodCard] = MethodCard(
-        title=("Accelerating Large Language Model Inference with Self-Supervised Early Exits"),
+        title="Accelerating Large Language Model Inference with Self-Supervised Early Exits",
         summary="Draws tokens from heads behind some of the layers, where these are sure enough.",
         guarantee="lossy",
-        requires=frozenset({Property.FULL_DEPTH}),
+        requires=frozenset({Property.FULL_DEPTH, Property.IN_MEMORY}),
         breaks=frozenset({Property.FULL_DEPTH}),
         request_options=("threshold",),
     )
@@ -60,13 +58,10 @@ class EarlyExit(DepthMethod):
         named = self.layers.split("+")
         if not all(name.isdecimal() for name in named):
             raise ValueError(f"layers: name those to leave before, as in 4+8; got {self.layers!r}")
-        if list(self.exits) != sorted(set(self.exits)):
-            raise ValueError(f"layers must be ascending, got {self.layers}")
         if not self.threshold >= 0:
             raise ValueError(f"threshold must be at least 0, got {self.threshold}")
         if self.confidence not in CONFIDENCE:
-            known = ", ".join(CONFIDENCE)
-            raise ValueError(f"confidence must be one of {known}, got {self.confidence!r}")
+            raise ValueError(f"confidence must be one of {', '.join(CONFIDENCE)}")
         if self.defer < 1:
             raise ValueError(f"defer must be at least 1, got {self.defer}")
 
@@ -84,7 +79,7 @@ class EarlyExit(DepthMethod):
         try:
             found = load_file(self.heads)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"heads: {Path(self.heads)} cannot be read: {error}") from None
+            raise ValueError(f"heads: {self.heads} cannot be read: {error}") from None
         maps = {}
         for exit in self.exits:
             shapes = {f"{exit}.weight": [parts.hidden] * 2, f"{exit}.bias": [parts.hidden]}
@@ -119,9 +114,7 @@ class ExitHeads(Exits[EarlyExit]):
 def fit_exit(at_exit: Tensor, at_end: Tensor, ridge: float = 1e-3) -> dict[str, Tensor]:
     """The linear map from what passes an exit to what leaves the last layer, by ridge regression.
 
-    It learns from the model's own results on any text, with the model as it is (the paper trains
-    heads by gradients, for the same purpose and without labels). The stronger the ridge, the less
-    is changed of what passes.
+    It learns from the model's own results on any text, as the paper's heads do by gradients.
 
     Args:
         at_exit, at_end: the residual stream of the same tokens, ``[n, hidden]``.
@@ -134,22 +127,18 @@ def fit_exit(at_exit: Tensor, at_end: Tensor, ridge: float = 1e-3) -> dict[str, 
     mean, shift = known.mean(0), missing.mean(0)
     centred = known - mean
     gram = centred.T @ centred
-    gram += ridge * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
+    gram.diagonal().add_(ridge * gram.trace() / len(gram))
     weight = torch.linalg.solve(gram, centred.T @ (missing - shift)).T
-    bias = shift - weight @ mean
-    return {"weight": weight.float().contiguous(), "bias": bias.float()}
+    return {"weight": weight.float().contiguous(), "bias": (shift - weight @ mean).float()}
 
 
 def calibrate(confidences: Tensor, agrees: Tensor, target: float) -> float:
-    """The lowest threshold above which a head says what the model says often enough.
+    """The lowest threshold above which a head agrees with the model often enough; or infinity.
 
     Args:
         confidences: of a head for tokens of a calibration set, ``[n]``.
         agrees: bool ``[n]``: whether its likeliest token is the model's.
         target: share of the tokens that leave for which it must be.
-
-    Returns:
-        Infinity if no threshold does.
     """
     ranked, order = confidences.double().sort(descending=True)
     shares = agrees[order].double().cumsum(0) / torch.arange(1, len(order) + 1)

@@ -23,7 +23,7 @@ from headrace.exec.sampling.steps import (
 )
 from headrace.ops.selection import Selection
 
-_NOT_FINITE = "no token can be drawn: the logits are not finite (NaN or infinity)"
+NOT_FINITE = "no token can be drawn: the logits are not finite (NaN or infinity)"
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 
 
@@ -71,7 +71,7 @@ class Sampler:
                 shifted = wide.take(scores, index) - wide.take(highest, index)
                 tokens[index] = draw(shifted, [states[row] for row in rows])
         drawn = [
-            Drawn(token) if ok else Drawn(error=_NOT_FINITE)
+            Drawn(token) if ok else Drawn(error=NOT_FINITE)
             for token, ok in zip(tokens.tolist(), usable, strict=True)
         ]
         if logprobs is not None:

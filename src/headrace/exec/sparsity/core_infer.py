@@ -35,7 +35,7 @@ class CoreInfer(NeuronMethod):
         ),
         summary="Generates with the feed-forward neurons that the prompt activates most often.",
         guarantee="lossy",
-        requires=frozenset({Property.ALL_NEURONS}),
+        requires=frozenset({Property.ALL_NEURONS, Property.IN_MEMORY}),
         breaks=frozenset({Property.ALL_NEURONS}),
         request_options=("keep", "core"),
     )

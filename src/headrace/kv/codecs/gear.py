@@ -48,6 +48,7 @@ class Gear(KVCodec):
                 Property.PLAIN_ENTRIES,
                 Property.FULL_DEPTH,
                 Property.FED_TOKENS_STAY,
+                Property.IN_MEMORY,
             }
         ),
         breaks=frozenset({Property.PLAIN_ENTRIES}),

@@ -43,6 +43,7 @@ class Kivi(KVCodec):
                 Property.PLAIN_ENTRIES,
                 Property.FULL_DEPTH,
                 Property.FED_TOKENS_STAY,
+                Property.IN_MEMORY,
             }
         ),
         breaks=frozenset({Property.PLAIN_ENTRIES}),

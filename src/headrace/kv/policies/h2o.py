@@ -33,6 +33,7 @@ class HeavyHitterOracle(SlotPolicy):
                 Property.PLAIN_ENTRIES,
                 Property.FULL_DEPTH,
                 Property.FED_TOKENS_STAY,
+                Property.IN_MEMORY,
             }
         ),
         breaks=frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST}),

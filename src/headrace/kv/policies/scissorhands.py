@@ -40,6 +40,7 @@ class Scissorhands(SlotPolicy):
                 Property.PLAIN_ENTRIES,
                 Property.FULL_DEPTH,
                 Property.FED_TOKENS_STAY,
+                Property.IN_MEMORY,
             }
         ),
         breaks=frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST}),

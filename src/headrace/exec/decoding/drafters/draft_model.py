@@ -26,7 +26,7 @@ class DraftModel(DrafterMethod):
     Args:
         model: its directory, GGUF file or hub id; its tokens must be the engine's model's.
         length: tokens that it draws in one step, at most.
-        window: tokens that it sees: the first ones and the last; 0: all, as far as it can.
+        window: tokens that it sees, the first ones and the last; 0: as many as it can.
         adaptive: stop where it makes a sequence no faster.
     """
 
@@ -34,14 +34,21 @@ class DraftModel(DrafterMethod):
         title="Fast Inference from Transformers via Speculative Decoding",
         summary="Lets a small model draw tokens ahead, which the model checks all at once.",
         guarantee="distribution",
-        requires=frozenset({Property.WHOLE_PAST, Property.FULL_DEPTH, Property.FED_TOKENS_STAY}),
+        requires=frozenset(
+            {
+                Property.WHOLE_PAST,
+                Property.FULL_DEPTH,
+                Property.FED_TOKENS_STAY,
+                Property.IN_MEMORY,
+            }
+        ),
         breaks=frozenset({Property.FED_TOKENS_STAY}),
         request_options=("length", "adaptive"),
     )
 
     model: str = ""
     length: int = 4
-    window: int = 0
+    window: int = 1024
     adaptive: bool = True
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from headrace.exec.decoding.drafter import (
     guess_one_by_one,
 )
 from headrace.exec.decoding.second_model import SecondModel
-from headrace.exec.decoding.verifier import Chain
+from headrace.exec.decoding.verifier import Chain, judge
 from headrace.exec.page_view import ChosenPages
 from headrace.ops.paged import PagedPlane
 
@@ -43,7 +43,14 @@ class TriForce(DrafterMethod):
         "Speculative Decoding",
         summary="Guesses with the model on chosen pages, for which a small model guesses.",
         guarantee="distribution",
-        requires=frozenset({Property.WHOLE_PAST, Property.FULL_DEPTH, Property.FED_TOKENS_STAY}),
+        requires=frozenset(
+            {
+                Property.WHOLE_PAST,
+                Property.FULL_DEPTH,
+                Property.FED_TOKENS_STAY,
+                Property.IN_MEMORY,
+            }
+        ),
         breaks=frozenset({Property.FED_TOKENS_STAY}),
         request_options=("length", "adaptive"),
     )
@@ -99,11 +106,12 @@ class Hierarchy(Drafter):
             small = [guess.below(most) for guess in growing]
             guess_one_by_one(small, self._small.next_logits, sampler, level=2)
             fed = [below.as_row(self._view.slot(below.row)) for below in small]
-            hidden = target.hidden(fed, tables, self._view)
-            parts = hidden.split([len(row.input_ids) for row in fed])
-            for guess, below, part in zip(growing, small, parts, strict=True):
-                accepted = guess.grow(below, target.logits(part), sampler, level=1)
-                self._small.forget(guess.row, below.start + accepted)
+            logits = target.logits(target.hidden(fed, tables, self._view))
+            chains, states = [below.chain() for below in small], [below.state for below in small]
+            judged = judge(sampler, chains, logits, states, level=1)
+            for guess, below, (tokens, weights) in zip(growing, small, judged, strict=True):
+                guess.grow(tokens, weights)
+                self._small.forget(guess.row, below.start + max(0, len(tokens) - 1))
         return [guess.chain() for guess in guesses]
 
     def observe(self, rows: Sequence[PlanRow], accepted: Sequence[int]) -> None:
