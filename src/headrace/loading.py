@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,9 @@ def _load(
     by_neuron = NeuronLoader(checkpoint, architecture.load_map, source.ops, loader.plan)
     neurons = methods.open_neurons(model, by_neuron)
     loader.num_bytes += neurons.num_bytes if neurons else 0
-    layout = replace(layout, method_states=neurons.planes if neurons else ())
+    depth = methods.open_depth(model, source.ops)
+    planes = [part.planes for part in (neurons, depth) if part]
+    layout = replace(layout, method_states=tuple(chain(*planes)))
     num_pages = placing.num_pages
     if num_pages is None:
         num_pages = size_arena(
@@ -194,7 +197,7 @@ def _load(
         )
     context = fit_context(config, layout, num_pages, source.shape.context, chunk)
     arena = placing.make_arena(layout, num_pages, device.name, config.max_num_seqs)
-    extensions = Extensions(loader.bank.routes, neurons=neurons, placed=placing.placed)
+    extensions = Extensions(loader.bank.routes, neurons=neurons, depth=depth, placed=placing.placed)
     forward = Forward(model, arena, source.ops, extensions)
     load_second = partial(_load_second, config, source)
     runner = make_runner(forward, methods, load_second, config.max_num_seqs, context)

@@ -18,12 +18,14 @@ from headrace.contracts.method import Method, ModelFacts, conflict, of_kind
 from headrace.contracts.slot_policy import SlotPolicy
 from headrace.errors import ConfigurationError, InvalidRequestError
 from headrace.exec.decoding.drafter import Drafter, DrafterMethod, DraftParts
+from headrace.exec.depth import DepthMethod, DepthRouter
 from headrace.exec.forward import Forward, LoadedModel
 from headrace.exec.neurons import NeuronMethod, NeuronRouter, gated_layers
 from headrace.exec.sampling.sampler import Sampler
 from headrace.exec.taps import Tap, TapMethod
 from headrace.models.base import DecoderModel
 from headrace.ops.neurons import Activation, NeuronProduct
+from headrace.ops.table import Ops
 
 ROOMS = (
     "headrace.kv.policies",
@@ -31,6 +33,7 @@ ROOMS = (
     "headrace.engine.gangs",
     "headrace.exec.steering",
     "headrace.exec.sparsity",
+    "headrace.exec.exits",
     "headrace.exec.decoding.drafters",
     "headrace.exec.placement",
 )
@@ -201,6 +204,15 @@ class MethodSet:
         for method in of_kind(self.methods, NeuronMethod):
             try:
                 return NeuronRouter(method, gated_layers(model), load)
+            except ValueError as error:
+                raise ConfigurationError(f"method: {method.name()}: {error}") from None
+        return None
+
+    def open_depth(self, model: DecoderModel, ops: Ops) -> DepthRouter | None:
+        """What lets rows leave early; ``None`` if no method asks for that. Raises as above."""
+        for method in of_kind(self.methods, DepthMethod):
+            try:
+                return DepthRouter(method, model, ops)
             except ValueError as error:
                 raise ConfigurationError(f"method: {method.name()}: {error}") from None
         return None

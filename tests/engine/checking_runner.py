@@ -320,7 +320,7 @@ class CheckingRunner(Runner):
         if not (self._all_have_states or watched):
             return
         past = begin(sequence.request.profile)
-        if row.positions.start > 0:
+        if not row.first:
             require(row.table_row in self._states, "a row begins without its state", row)
             past = self._states[row.table_row]
         fed = sequence.num_fed

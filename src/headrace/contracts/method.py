@@ -24,6 +24,7 @@ class Property(Enum):
     WHOLE_PAST = "the cache holds every token of the past, in every layer and head"
     OWN_CONTEXT = "a sequence sees its own tokens and no others"
     ALL_NEURONS = "every token goes through all inner neurons of the feed-forward layers"
+    FULL_DEPTH = "every token goes through all layers before the next one is fed"
     FED_TOKENS_STAY = "a token that is fed belongs to its sequence"
     IN_MEMORY = "weights and KV pages stay where they are, in memory"
 

@@ -174,7 +174,7 @@ class StepPlan:
         blank: pages to zero: they will be partly filled, and stale bytes (another request's
             NaN) must not leak into padded reads.
         state_copies: (source, target) table rows, for sequences that parted: what a model keeps
-            for a whole sequence is copied, in this order. A row that begins at position 0 begins
+            for a whole sequence is copied, in this order. The ``first`` row of a sequence begins
             with a state of zeros.
     """
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.contracts.placement import Placement, Tier
+from headrace.exec.depth import DepthRouter
 from headrace.exec.neurons import NeuronRouter
 from headrace.exec.slot_statistics import SlotStatistics
 from headrace.exec.taps import Tap
@@ -30,6 +31,7 @@ class Extensions:
         taps: name of a method -> what it has made ready.
         statistics: what policies of slots note of attention.
         neurons: sends inputs through some of the inner neurons.
+        depth: lets rows leave before the last layer.
         placed: what is on disk; its tiers are closed with the runner.
     """
 
@@ -37,4 +39,5 @@ class Extensions:
     taps: Mapping[str, Tap[Any]] = field(default_factory=dict)
     statistics: SlotStatistics | None = None
     neurons: NeuronRouter | None = None
+    depth: DepthRouter | None = None
     placed: Placed = field(default_factory=Placed)

@@ -13,6 +13,7 @@ from torch import Tensor
 from headrace.contracts.cache import LayerState
 from headrace.contracts.step import PageTables, PlanRow
 from headrace.exec.batch import BatchBuilder
+from headrace.exec.depth import Route
 from headrace.exec.extensions import Extensions
 from headrace.exec.layer_loop import LayerLoop
 from headrace.exec.page_view import PageView
@@ -65,6 +66,11 @@ class Forward:
             view: what the layers read in their place. Slots are then those of the view.
         """
         return self.loop.run(self.builder.build(rows, tables), view)
+
+    def route(self, rows: Sequence[PlanRow]) -> Route | None:
+        """How the rows of a step go through the layers; ``None``: each through all."""
+        depth = self.extensions.depth
+        return None if depth is None else depth.route(rows, self.arena, self.loop.logits)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[R, hidden]`` -> ``[R, vocab]``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.contracts.step import Pooling
+from headrace.contracts.step import PlanRow, Pooling
 from headrace.exec.batch import ForwardBatch
 from headrace.exec.coded_past import attend_coded
+from headrace.exec.depth import Route
 from headrace.exec.extensions import Extensions
 from headrace.exec.page_view import PageView
 from headrace.exec.taps import Site
@@ -147,6 +148,10 @@ class LayerContext:
         """What layer ``layer`` gets of the residual stream ``[T, hidden]``."""
         return self._tap("hidden", layer, hidden)
 
+    def leave(self, layer: int, hidden: Tensor) -> Tensor:
+        """What goes on from the last layer of the residual stream ``[T, hidden]``."""
+        return self._tap("final", layer, hidden)
+
 
 class LayerLoop:
     """Runs a model over micro-batches: all layers of one before the next begins.
@@ -172,6 +177,38 @@ class LayerLoop:
             hidden = [self._run_layers(batch, view) for batch in batches]
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
+    def run_routed(
+        self,
+        batches: Sequence[ForwardBatch],
+        route: Route,
+        build: Callable[[Sequence[PlanRow]], Sequence[ForwardBatch]],
+    ) -> Tensor:
+        """The same where rows may leave: all micro-batches reach an exit before any goes on.
+
+        Args:
+            build: micro-batches of the rows that go on.
+        """
+        hidden = torch.cat([self._embed(batch) for batch in batches])
+        first = 0
+        for layer in route.exits:
+            hidden = self._run_between(batches, hidden, first, layer)
+            first = layer
+            parted = route.part(layer, hidden)
+            if parted is not None:
+                hidden, batches = parted, build(route.rows) if route.rows else ()
+        return route.join(self._run_between(batches, hidden, first, len(self._model.layers)))
+
+    def _run_between(
+        self, batches: Sequence[ForwardBatch], hidden: Tensor, first: int, end: int
+    ) -> Tensor:
+        """Layers ``first`` up to ``end`` on the residual stream of all micro-batches."""
+        parts = hidden.split([len(batch.input_ids) for batch in batches]) if batches else ()
+        passed = []
+        for batch, part in zip(batches, parts, strict=True):
+            self._route(batch)
+            passed.append(self._pass(part, self._context(batch, None), first, end))
+        return torch.cat(passed) if passed else hidden
+
     def _context(self, batch: ForwardBatch, view: PageView | None) -> LayerContext:
         return LayerContext(batch, self._arena, self._ops, self._extensions, view)
 
@@ -182,7 +219,7 @@ class LayerLoop:
             self._extensions.neurons.routes.step = batch.neurons
 
     def _run_by_layer(self, batches: Sequence[ForwardBatch], view: PageView | None) -> list[Tensor]:
-        hidden = [self._model.embed(batch.input_ids, batch.positions) for batch in batches]
+        hidden = [self._embed(batch) for batch in batches]
         contexts = [self._context(batch, view) for batch in batches]
         blocks = [
             [*places] for _, places in groupby(range(len(batches)), lambda i: batches[i].block)
@@ -206,16 +243,23 @@ class LayerLoop:
             for tier in self._tiers:
                 tier.stop()
             raise
-        return hidden
+        last = len(self._model.layers) - 1
+        return [context.leave(last, part) for context, part in zip(contexts, hidden, strict=True)]
 
     def _run_layers(self, batch: ForwardBatch, view: PageView | None) -> Tensor:
         context = self._context(batch, view)
         self._route(batch)
-        hidden = self._model.embed(batch.input_ids, batch.positions)
-        for index, layer in enumerate(self._model.layers):
-            hidden = layer.mix(context.enter(index, hidden), context)
-            hidden = layer.feed(hidden)
-        return hidden
+        return self._pass(self._embed(batch), context, 0, len(self._model.layers))
+
+    def _embed(self, batch: ForwardBatch) -> Tensor:
+        return self._model.embed(batch.input_ids, batch.positions)
+
+    def _pass(self, hidden: Tensor, context: LayerContext, first: int, end: int) -> Tensor:
+        layers = self._model.layers
+        for index in range(first, end):
+            hidden = layers[index].mix(context.enter(index, hidden), context)
+            hidden = layers[index].feed(hidden)
+        return hidden if end < len(layers) else context.leave(end - 1, hidden)
 
     def pool(self, hidden: Tensor, pooling: Pooling) -> Tensor:
         """``[T, hidden]`` of a row -> ``[hidden]``: of the last or first input, or the sum."""

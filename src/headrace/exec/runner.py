@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from headrace.contracts.step import (
 from headrace.exec.coded_past import fill_unit
 from headrace.exec.decoding.drafter import Drafter
 from headrace.exec.decoding.speculation import Speculation
+from headrace.exec.depth import Route
 from headrace.exec.forward import Forward
 from headrace.exec.sampling.sampler import Sampler, token_logprobs
 
@@ -72,7 +74,7 @@ class LocalRunner(Runner):
         self.arena.copy_pages(plan.copies)
         self.arena.blank_pages(plan.blank)
         self.arena.copy_states(plan.state_copies)
-        self.arena.clear_states([row.table_row for row in plan.rows if row.positions.start == 0])
+        self.arena.clear_states([row.table_row for row in plan.rows if row.first])
         if self._statistics is not None:
             self._statistics.copy(plan.state_copies)
             self._statistics.clear([row.table_row for row in plan.rows if row.first])
@@ -82,10 +84,15 @@ class LocalRunner(Runner):
             marks.append(time.perf_counter())
         batches = self._forward.builder.build(plan.rows, tables)
         marks.append(time.perf_counter())
-        hidden = self._forward.loop.run(batches)
+        route = self._forward.route(plan.rows)
+        if route is None:
+            hidden = self._forward.loop.run(batches)
+        else:
+            build = partial(self._forward.builder.build, tables=tables)
+            hidden = self._forward.loop.run_routed(batches, route, build)
         results = [RowResult() for _ in plan.rows]
         self._reduce(plan, tables)
-        logits = self._last_logits(plan, hidden)
+        logits = self._last_logits(plan, hidden, route)
         marks.append(time.perf_counter())
         if logits is not None:
             self._sample(plan, logits, results)
@@ -108,18 +115,23 @@ class LocalRunner(Runner):
             if row.coded is not None:
                 fill_unit(self.arena, row, row.coded, tables)
 
-    def _last_logits(self, plan: StepPlan, hidden: Tensor) -> Tensor | None:
-        """Logits after the last input of every row that samples."""
+    def _last_logits(self, plan: StepPlan, hidden: Tensor, route: Route | None) -> Tensor | None:
+        """Logits after the last input of every row that samples; some rows bring theirs."""
+        brought = {} if route is None else route.logits
         ends, place = [], 0
-        for row in plan.rows:
+        for number, row in enumerate(plan.rows):
             place += len(row.input_ids)
-            if row.samples:
+            if row.samples and number not in brought:
                 ends.append(place - 1)
-        if not ends:
-            return None
-        if len(ends) < len(hidden):
-            hidden = hidden[torch.tensor(ends, device=hidden.device)]
-        return self._forward.loop.logits(hidden)
+        computed = None
+        if ends:
+            if len(ends) < len(hidden):
+                hidden = hidden[torch.tensor(ends, device=hidden.device)]
+            computed = self._forward.loop.logits(hidden)
+        if route is None or not brought:
+            return computed
+        sampling = [number for number, row in enumerate(plan.rows) if row.samples]
+        return route.join_logits(sampling, computed)
 
     def _sample(self, plan: StepPlan, logits: Tensor, results: list[RowResult]) -> None:
         """Draw for all rows; a row with several samples repeats its logits."""

@@ -14,11 +14,11 @@ from headrace.ops.table import Ops
 
 Chosen = TypeVar("Chosen", bound=Method)
 
-Site = Literal["query", "key", "value", "attention", "hidden"]
+Site = Literal["query", "key", "value", "attention", "hidden", "final"]
 """Queries and keys before rotation, and values, ``[T, heads, width]``; what attention makes of
 them for each query head, ``[T, heads, width]``; the residual stream that enters a layer,
-``[T, hidden]``."""
-SITES: tuple[Site, ...] = ("query", "key", "value", "attention", "hidden")
+and that leaves the last one, ``[T, hidden]``."""
+SITES: tuple[Site, ...] = ("query", "key", "value", "attention", "hidden", "final")
 
 SiteShapes = Mapping[tuple[Site, int], tuple[int, ...]]
 """(site, layer) -> shape of one input's entry, for all that a model has."""

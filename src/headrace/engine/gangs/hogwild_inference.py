@@ -34,6 +34,7 @@ class HogwildInference(GangMethod):
             {
                 Property.WHOLE_PAST,
                 Property.OWN_CONTEXT,
+                Property.FULL_DEPTH,
                 Property.FED_TOKENS_STAY,
                 Property.IN_MEMORY,
             }

@@ -18,14 +18,15 @@ class ActivationRecorder(TapMethod):
     """Keep what passes a site at every input that a token is drawn from.
 
     Args:
-        at: the site: query, key, value, attention or hidden.
+        at: the site: query, key, value, attention, hidden (what enters a layer) or final (what
+            leaves the last).
     """
 
     card: ClassVar[MethodCard] = MethodCard(
         title="",
         summary="Keeps activations where tokens are drawn from, for probes and directions.",
         guarantee="exact",
-        requires=frozenset({Property.FED_TOKENS_STAY}),
+        requires=frozenset({Property.FULL_DEPTH, Property.FED_TOKENS_STAY}),
     )
 
     at: str = "attention"

@@ -46,6 +46,7 @@ class Gear(KVCodec):
             {
                 Property.TOKEN_ORDER,
                 Property.PLAIN_ENTRIES,
+                Property.FULL_DEPTH,
                 Property.FED_TOKENS_STAY,
                 Property.IN_MEMORY,
             }

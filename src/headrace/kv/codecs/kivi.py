@@ -41,6 +41,7 @@ class Kivi(KVCodec):
             {
                 Property.TOKEN_ORDER,
                 Property.PLAIN_ENTRIES,
+                Property.FULL_DEPTH,
                 Property.FED_TOKENS_STAY,
                 Property.IN_MEMORY,
             }

@@ -31,6 +31,7 @@ class HeavyHitterOracle(SlotPolicy):
             {
                 Property.TOKEN_ORDER,
                 Property.PLAIN_ENTRIES,
+                Property.FULL_DEPTH,
                 Property.FED_TOKENS_STAY,
                 Property.IN_MEMORY,
             }

@@ -29,7 +29,12 @@ class RandomEviction(KVPolicy):
         summary="Keeps a share of the KV pages, whichever: what every policy must beat.",
         guarantee="lossy",
         requires=frozenset(
-            {Property.TOKEN_ORDER, Property.PLAIN_ENTRIES, Property.FED_TOKENS_STAY}
+            {
+                Property.TOKEN_ORDER,
+                Property.PLAIN_ENTRIES,
+                Property.FULL_DEPTH,
+                Property.FED_TOKENS_STAY,
+            }
         ),
         breaks=frozenset({Property.WHOLE_PAST}),
         request_options=("keep", "seed"),

@@ -38,6 +38,7 @@ class Scissorhands(SlotPolicy):
             {
                 Property.TOKEN_ORDER,
                 Property.PLAIN_ENTRIES,
+                Property.FULL_DEPTH,
                 Property.FED_TOKENS_STAY,
                 Property.IN_MEMORY,
             }

@@ -34,7 +34,14 @@ class DraftModel(DrafterMethod):
         title="Fast Inference from Transformers via Speculative Decoding",
         summary="Lets a small model draw tokens ahead, which the model checks all at once.",
         guarantee="distribution",
-        requires=frozenset({Property.WHOLE_PAST, Property.FED_TOKENS_STAY, Property.IN_MEMORY}),
+        requires=frozenset(
+            {
+                Property.WHOLE_PAST,
+                Property.FULL_DEPTH,
+                Property.FED_TOKENS_STAY,
+                Property.IN_MEMORY,
+            }
+        ),
         breaks=frozenset({Property.FED_TOKENS_STAY}),
         request_options=("length", "adaptive"),
     )

@@ -43,7 +43,14 @@ class TriForce(DrafterMethod):
         "Speculative Decoding",
         summary="Guesses with the model on chosen pages, for which a small model guesses.",
         guarantee="distribution",
-        requires=frozenset({Property.WHOLE_PAST, Property.FED_TOKENS_STAY, Property.IN_MEMORY}),
+        requires=frozenset(
+            {
+                Property.WHOLE_PAST,
+                Property.FULL_DEPTH,
+                Property.FED_TOKENS_STAY,
+                Property.IN_MEMORY,
+            }
+        ),
         breaks=frozenset({Property.FED_TOKENS_STAY}),
         request_options=("length", "adaptive"),
     )
