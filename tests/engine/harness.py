@@ -13,7 +13,7 @@ from headrace.contracts.cache import CacheGroup, CacheLayout, PlaneSpec
 from headrace.contracts.gang import GangMethod, gang_method
 from headrace.contracts.kv_codec import KVCodec
 from headrace.contracts.kv_policy import KVPolicy
-from headrace.contracts.method import Method, MethodCard, conflict
+from headrace.contracts.method import Method, MethodCard, Property, conflict
 from headrace.contracts.outputs import SequenceUpdate, TokenLogprobs
 from headrace.contracts.profile import EXACT, Profile
 from headrace.contracts.sampling import SamplingParams
@@ -46,7 +46,9 @@ Windows = tuple[int | None, ...]
 class Watching(Method):
     """Sees every input, keeps a state of the sequence, and ends a chunk where the prompt ends."""
 
-    card: ClassVar[MethodCard] = MethodCard("", "", "exact")
+    card: ClassVar[MethodCard] = MethodCard(
+        "", "", "exact", requires=frozenset({Property.FED_TOKENS_STAY})
+    )
     needs_all_inputs: ClassVar[bool] = True
 
     def shared_tokens(self, prompt_tokens: int) -> int | None:
