@@ -168,12 +168,13 @@ def test_int8_cache(
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("gemma2", "a sliding window"), ("falcon_h1", "a recurrent state")]
+    ("name", "kind"),
+    [("gemma2", "some here have a window"), ("falcon_h1", "some here have a recurrent state")],
 )
 def test_policies_need_layers_that_keep_everything(
     expectations: Callable[[str], Expected], name: str, kind: str
 ) -> None:
-    with pytest.raises(ConfigurationError, match=f"kv: .* has layers with {kind}"):
+    with pytest.raises(ConfigurationError, match=f"random-eviction: needs .* {kind}"):
         load(expectations(name).directory, kv="random-eviction:keep=0.5")
 
 
