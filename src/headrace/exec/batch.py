@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class ForwardBatch:
     past: Indices
     attention: list[Any]
     adapted: Sequence[tuple[str, Tensor]]
-    tapped: Mapping[str, Sequence[TappedRows[Any]]]
+    tapped: Mapping[str, Sequence[TappedRows[Any]]] = field(default_factory=dict)
     observed: Sequence[ObservedRow] = ()
     segments: SegmentReads | None = None
     coded: Sequence[CodedRow] = ()
@@ -122,15 +122,22 @@ class BatchBuilder:
             past,
             plans,
             self._adapted(rows),
-            self._tapped(rows),
-            self._observed(rows, tables),
-            read_segments(rows, tables, self._arena, self._ops.attention, self._ops.device),
-            coded_rows(rows, self._ops.device),
         )
+        if any(row.methods for row in rows):
+            self._extend(batch, rows, tables)
+        return batch
+
+    def _extend(self, batch: ForwardBatch, rows: Sequence[PlanRow], tables: PageTables) -> None:
+        """Add what methods of the rows need."""
+        batch.tapped = self._tapped(rows)
+        batch.observed = self._observed(rows, tables)
+        batch.segments = read_segments(
+            rows, tables, self._arena, self._ops.attention, self._ops.device
+        )
+        batch.coded = coded_rows(rows, self._ops.device)
         neurons = self._extensions.neurons
         if neurons is not None:
             batch.neurons = neurons.step(rows, self._arena, bool(batch.adapted))
-        return batch
 
     def _adapted(self, rows: Sequence[PlanRow]) -> list[tuple[str, Tensor]]:
         """The inputs that go through adapters, by adapter."""
