@@ -186,6 +186,8 @@ class Scheduler:
             sequence = self.waiting.items[0]
             if self._whole_prompts and sequence.num_pending > tokens:
                 return
+            if sequence.request.stages is not None and sequence.num_feedable > tokens:
+                return
             if not self._start_waiting(sequence, now):
                 return
             tokens -= self._schedule(sequence, tokens, plan)
