@@ -368,10 +368,10 @@ class CheckingRunner(Runner):
     def _new(self, row: PlanRow, sequence: Sequence, group: int) -> list[int]:
         """The tokens that a group gets in this step."""
         start, end = sequence.num_fed, sequence.num_fed + len(row.input_ids)
-        method, stage = pruning_of(sequence), self._stages[group]
-        if method is None or not stage or row.num_prompt == 0:
+        method = pruning_of(sequence)
+        if method is None or row.num_prompt == 0:
             return list(range(start, end))
-        return method.tokens_of(stage, self._histories(sequence), start, end)
+        return method.tokens_of(self._stages[group], self._histories(sequence), start, end)
 
     def _guess(self, row: PlanRow, sequence: Sequence) -> Guesses:
         """Some tokens for the room that there is, of which the first ones are right."""
@@ -582,10 +582,11 @@ class CheckingRunner(Runner):
 
     def _cached(self, sequence: Sequence, group: int) -> list[int]:
         """The tokens that a group has, coded or not, where it does not depend on a policy."""
-        method, stage = pruning_of(sequence), self._stages[group]
+        method = pruning_of(sequence)
         prompt, fed = len(sequence.request.prompt_token_ids), sequence.num_fed
-        if method is None or not stage:
+        if method is None:
             return list(range(fed))
+        stage = self._stages[group]
         ends = {end for m in sequence.request.profile.methods for end in m.boundaries(prompt)}
         parts = pairwise([0, *sorted(ends)])
         known = self._histories(sequence)

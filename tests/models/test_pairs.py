@@ -20,6 +20,9 @@ from tests.models.expected import Expected, greedy, load, prompt_of
 from tests.models.test_kv_codecs import GEAR, coded_logits
 from tests.models.test_kv_codecs import TOLERANCE as CODED_TOLERANCE
 from tests.models.test_neurons import chosen_neurons
+from tests.models.test_slim_infer import METHOD as PRUNING
+from tests.models.test_slim_infer import OPTIONS as PRUNING_OPTIONS
+from tests.models.test_slim_infer import make_expected, pruned_logits
 from tests.models.test_slot_policies import KV as SCISSORHANDS
 from tests.models.test_slot_policies import reduced_logits
 from tests.models.test_steering import attention_shape, steered
@@ -32,6 +35,12 @@ OPTIONS: dict[str, Any] = {"block_size": 4, "max_num_batched_tokens": 16}
 @pytest.fixture(scope="module")
 def expected(expectations: Callable[[str], Expected]) -> Expected:
     return expectations("llama3")
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    """With layers for several stages."""
+    return make_expected(tmp_path_factory.mktemp("deep"))
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +125,59 @@ def test_coded_caches_of_requests_with_some_neurons(expected: Expected) -> None:
             logits = coded_logits(expected, tokens, codec) if coded else expected.logits(tokens)
         found = recorder.logits(output)
         assert (found - logits[prompt - 1 : -1]).abs().max() < CODED_TOLERANCE
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["fast", "reference"])
+def test_coded_caches_of_pruned_prompts(deep: Expected, reference: bool) -> None:
+    """What is left in each layer is coded at its own pace; beside requests with one of them."""
+    lengths = (75, 97, 50, 64, 21)
+    gear, slim, both = {"gear": {}}, {"slim-infer": {}}, None
+    choices: list[Any] = [both, gear, slim, both, {}]
+    params = [greedy(20), greedy(20), greedy(20), greedy(9, n=2), greedy(9)]
+    options = {**PRUNING_OPTIONS, "reference": reference}
+    with load(deep.directory, kv=GEAR, methods=(PRUNING,), **options) as llm:
+        recorder = LogitsRecorder(llm)
+        prompts = [prompt_of(length) for length in lengths]
+        outputs = llm.generate(prompts, params, methods=choices)
+        llm.engine.check_integrity()
+        assert llm.stats().pages_used == 0
+    codec: Any = find_method("gear")(bits=4, unit=16, outliers=0.2)
+    coding = {"codec": codec, "unit": 16}
+    for output, choice in zip(outputs, choices, strict=True):
+        prompt = output.prompt_token_ids
+        tokens = [*prompt, *output.outputs[0].token_ids]
+        if choice in (both, slim):
+            wanted = pruned_logits(deep, output, **(coding if choice is both else {}))
+            other = pruned_logits(deep, output, **(coding if choice is slim else {}))
+        else:
+            both_ways = [coded_logits(deep, tokens, codec), deep.logits(tokens)]
+            wanted, other = (
+                logits[len(prompt) - 1 : -1] for logits in both_ways[:: 1 if choice else -1]
+            )
+        found = recorder.logits(output)
+        # Of more layers, more entries may be rounded to either of two levels.
+        assert (found - wanted).abs().max() < 5 * CODED_TOLERANCE
+        assert (found - other).abs().max() > 50 * CODED_TOLERANCE
+
+
+def test_coded_caches_of_pruned_prompts_take_fewer_pages_and_come_back(deep: Expected) -> None:
+    prompts = [prompt_of(75, seed) for seed in range(3)]
+    options = {**PRUNING_OPTIONS, "kv": GEAR, "reference": True}
+    peaks = []
+    for methods in ((), (PRUNING,)):
+        with load(deep.directory, methods=methods, **options) as llm:
+            alone = [llm.generate([prompt], greedy(40, logprobs=1))[0] for prompt in prompts]
+            peaks.append(llm.stats().pages_peak * llm.engine.runner.arena.layout.page_bytes)
+    assert peaks[1] < 0.8 * peaks[0]
+    memory = int(1.6 * peaks[1])
+    options["kv_cache_memory_bytes"] = memory
+    with load(deep.directory, methods=(PRUNING,), **options) as llm:
+        together = llm.generate(prompts, greedy(40, logprobs=1))
+        assert llm.stats().preemptions > 0 == llm.stats().pages_used
+        llm.engine.check_integrity()
+    for one, other in zip(alone, together, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert one.outputs[0].logprobs == other.outputs[0].logprobs
 
 
 def test_guesses_of_steered_requests(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +27,7 @@ METHOD = f"{NAME}:layers=2+4,keep=0.5+0.25,span={SPAN},block={BLOCK},unit={UNIT}
 OPTIONS: dict[str, Any] = {"block_size": PAGE, "max_num_seqs": 4, "max_num_batched_tokens": 36}
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
+def make_expected(directory: Path) -> Expected:
     """Deep enough for three stages of two layers."""
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
@@ -39,7 +39,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
         max_position_embeddings=CONTEXT,
     )
     model = make_model(config)
-    return Expected(model, save_checkpoint(model, tmp_path_factory.mktemp("deep")))
+    return Expected(model, save_checkpoint(model, directory))
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    return make_expected(tmp_path_factory.mktemp("deep"))
 
 
 def parts_of(prompt: int) -> list[tuple[int, int]]:
