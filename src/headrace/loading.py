@@ -309,7 +309,7 @@ def model_facts(source: _Source, config: EngineConfig, chunk: int) -> ModelFacts
         config.block_size,
         source.architecture.rotary_attention,
         # Each of the other sequences may have one.
-        chunk - config.max_num_seqs + 1,
+        max(1, chunk - config.max_num_seqs + 1),
     )
 
 

@@ -12,11 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from headrace.contracts.kv_codec import KVCodec
 from headrace.contracts.method import conflict
 from headrace.errors import ConfigurationError
+from headrace.kv.codecs.gear import Gear
 from headrace.methods import find_method, known_methods
+from tests.models import louder
 from tests.models.drafting import accepted, save_similar
 from tests.models.expected import Expected, greedy, load, prompt_of
+from tests.models.louder import Louder
 from tests.models.test_kv_codecs import GEAR, coded_logits
 from tests.models.test_kv_codecs import TOLERANCE as CODED_TOLERANCE
 from tests.models.test_neurons import chosen_neurons
@@ -29,6 +33,7 @@ from tests.models.test_steering import attention_shape, steered
 from tests.support.logits import LogitsRecorder
 
 TOLERANCE = 2e-4
+LOUDER = louder.__file__
 OPTIONS: dict[str, Any] = {"block_size": 4, "max_num_batched_tokens": 16}
 
 
@@ -128,51 +133,62 @@ def test_coded_caches_of_requests_with_some_neurons(expected: Expected) -> None:
 
 
 @pytest.mark.parametrize("reference", [False, True], ids=["fast", "reference"])
-def test_coded_caches_of_pruned_prompts(deep: Expected, reference: bool) -> None:
+@pytest.mark.parametrize(
+    ("kv", "codec", "tolerance"),
+    [
+        # Entries near the middle of two levels may be rounded to either, in six layers.
+        (GEAR, Gear(bits=4, unit=16, outliers=0.2), 20 * CODED_TOLERANCE),
+        (f"{LOUDER}:Louder", Louder(), CODED_TOLERANCE),
+    ],
+    ids=["gear", "louder"],
+)
+def test_coded_caches_of_pruned_prompts(
+    deep: Expected, kv: str, codec: KVCodec, tolerance: float, reference: bool
+) -> None:
     """What is left in each layer is coded at its own pace; beside requests with one of them."""
-    lengths = (75, 97, 50, 64, 21)
-    gear, slim, both = {"gear": {}}, {"slim-infer": {}}, None
-    choices: list[Any] = [both, gear, slim, both, {}]
-    params = [greedy(20), greedy(20), greedy(20), greedy(9, n=2), greedy(9)]
+    lengths = (75, 97, 50, 64, 30)
+    coded, pruned, both = {codec.name(): {}}, {"slim-infer": {}}, None
+    choices: list[Any] = [both, coded, pruned, both, {}]
+    params = [greedy(20), greedy(9), greedy(20), greedy(9, n=2), greedy(9)]
     options = {**PRUNING_OPTIONS, "reference": reference}
-    with load(deep.directory, kv=GEAR, methods=(PRUNING,), **options) as llm:
+    with load(deep.directory, kv=kv, methods=(PRUNING,), **options) as llm:
         recorder = LogitsRecorder(llm)
         prompts = [prompt_of(length) for length in lengths]
         outputs = llm.generate(prompts, params, methods=choices)
         llm.engine.check_integrity()
         assert llm.stats().pages_used == 0
-    codec: Any = find_method("gear")(bits=4, unit=16, outliers=0.2)
     coding = {"codec": codec, "unit": 16}
     for output, choice in zip(outputs, choices, strict=True):
         prompt = output.prompt_token_ids
         tokens = [*prompt, *output.outputs[0].token_ids]
-        if choice in (both, slim):
-            wanted = pruned_logits(deep, output, **(coding if choice is both else {}))
-            other = pruned_logits(deep, output, **(coding if choice is slim else {}))
+        if choice in (both, pruned):
+            with_and_without = [pruned_logits(deep, output, **coding), pruned_logits(deep, output)]
         else:
-            both_ways = [coded_logits(deep, tokens, codec), deep.logits(tokens)]
-            wanted, other = (
-                logits[len(prompt) - 1 : -1] for logits in both_ways[:: 1 if choice else -1]
-            )
-        found = recorder.logits(output)
-        # Of more layers, more entries may be rounded to either of two levels.
-        assert (found - wanted).abs().max() < 5 * CODED_TOLERANCE
-        assert (found - other).abs().max() > 50 * CODED_TOLERANCE
+            logits = coded_logits(deep, tokens, codec), deep.logits(tokens)
+            with_and_without = [each[len(prompt) - 1 : -1] for each in logits]
+        errors = [(recorder.logits(output) - each).abs().max() for each in with_and_without]
+        wanted, other = errors if choice in (both, coded) else errors[::-1]
+        assert wanted < tolerance
+        assert other > 50 * CODED_TOLERANCE
 
 
-def test_coded_caches_of_pruned_prompts_take_fewer_pages_and_come_back(deep: Expected) -> None:
-    prompts = [prompt_of(75, seed) for seed in range(3)]
-    options = {**PRUNING_OPTIONS, "kv": GEAR, "reference": True}
+def test_coded_caches_of_pruned_prompts_take_fewer_pages(deep: Expected) -> None:
     peaks = []
     for methods in ((), (PRUNING,)):
-        with load(deep.directory, methods=methods, **options) as llm:
-            alone = [llm.generate([prompt], greedy(40, logprobs=1))[0] for prompt in prompts]
+        with load(deep.directory, kv=GEAR, methods=methods, **PRUNING_OPTIONS) as llm:
+            llm.generate([prompt_of(170)], greedy(20))
             peaks.append(llm.stats().pages_peak * llm.engine.runner.arena.layout.page_bytes)
-    assert peaks[1] < 0.8 * peaks[0]
-    memory = int(1.6 * peaks[1])
-    options["kv_cache_memory_bytes"] = memory
-    with load(deep.directory, methods=(PRUNING,), **options) as llm:
-        together = llm.generate(prompts, greedy(40, logprobs=1))
+    assert peaks[1] < 0.7 * peaks[0]
+
+
+def test_preempted_sequences_of_pruned_prompts_and_coded_caches(deep: Expected) -> None:
+    prompts = [prompt_of(75, seed) for seed in range(3)]
+    options = {**PRUNING_OPTIONS, "kv": GEAR, "methods": (PRUNING,), "reference": True}
+    with load(deep.directory, **options) as llm:
+        alone = [llm.generate([prompt], greedy(30, logprobs=1))[0] for prompt in prompts]
+        peak = llm.stats().pages_peak * llm.engine.runner.arena.layout.page_bytes
+    with load(deep.directory, kv_cache_memory_bytes=int(1.6 * peak), **options) as llm:
+        together = llm.generate(prompts, greedy(30, logprobs=1))
         assert llm.stats().preemptions > 0 == llm.stats().pages_used
         llm.engine.check_integrity()
     for one, other in zip(alone, together, strict=True):

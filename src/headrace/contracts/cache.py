@@ -211,16 +211,26 @@ def layout_of(
         planes = tuple(states[i].of_scope("slot") for i in chosen)
         return CacheGroup(chosen, planes, window, stage)
 
-    sizes = [len(layers) for layers in kinds.values()]
-    smallest, largest = min(sizes, default=0), max(sizes, default=0)
-    while smallest < largest and sum(-(-size // smallest) for size in sizes) > MOST_GROUPS:
-        smallest += 1
+    parts = _parts([len(layers) for layers in kinds.values()])
     groups = []
-    for kind, layers in kinds.items():
-        parts = -(-len(layers) // smallest)
-        groups += [group(*kind, layers[part::parts]) for part in range(parts)]
+    for (kind, layers), count in zip(kinds.items(), parts, strict=True):
+        groups += [group(*kind, layers[part::count]) for part in range(count)]
     entries = tuple((i, p) for i, state in enumerate(states) for p in state.of_scope("sequence"))
     return CacheLayout(block_size, tuple(groups), entries)
+
+
+def _parts(sizes: Sequence[int]) -> list[int]:
+    """Into how many groups so many layers each are split: so that, all pages being as large as the
+    largest, they take the least; of splits that take the same, the one with the fewest groups.
+    """
+    splits = [[-(-size // most) for size in sizes] for most in range(1, max(sizes, default=0) + 1)]
+    few = [parts for parts in splits if sum(parts) <= MOST_GROUPS] or splits[-1:]
+
+    def cost(parts: Sequence[int]) -> tuple[int, int]:
+        largest = max(-(-size // count) for size, count in zip(sizes, parts, strict=True))
+        return largest * sum(parts), sum(parts)
+
+    return min(few, key=cost, default=[])
 
 
 def attention_layout(

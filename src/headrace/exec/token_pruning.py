@@ -23,6 +23,8 @@ def pruning_route(
     rows: Sequence[PlanRow], arena: KVArena, tables: PageTables, layers: int
 ) -> Route | None:
     """How the rows of a step go; ``None`` if none of them loses a token."""
+    if not any(row.num_prompt and row.slots is not None for row in rows):
+        return None
     ways = []
     for row in rows:
         method = next(iter(of_kind(row.methods, TokenPruningMethod)), None)
