@@ -28,7 +28,7 @@ from tests.models.test_kv_codecs import TOLERANCE as CODED_TOLERANCE
 from tests.models.test_neurons import chosen_neurons
 from tests.models.test_slim_infer import METHOD as PRUNING
 from tests.models.test_slim_infer import OPTIONS as PRUNING_OPTIONS
-from tests.models.test_slim_infer import make_expected, pruned_logits
+from tests.models.test_slim_infer import PrunedModel, make_expected, pruned_logits
 from tests.models.test_slot_policies import KV as SCISSORHANDS
 from tests.models.test_slot_policies import reduced_logits
 from tests.models.test_steering import attention_shape, steered
@@ -206,6 +206,67 @@ def test_preempted_sequences_of_pruned_prompts_and_coded_caches(deep: Expected) 
     for one, other in zip(alone, together, strict=True):
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
         assert one.outputs[0].logprobs == other.outputs[0].logprobs
+
+
+@contextmanager
+def steered_in_part(model: PrunedModel, direction: Tensor, prompt: int) -> Iterator[None]:
+    """Heads are moved from the prompt's last token on; behind it, neurons that what a layer has of
+    the prompt did not choose are 0.
+    """
+    seen: list[list[Tensor]] = [[] for _ in direction]
+
+    def move(layer: int) -> Any:
+        def hook(module: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
+            out = arguments[0].clone()
+            out[model.positions >= prompt - 1] += 0.5 * direction[layer].flatten()
+            return (out,)
+
+        return hook
+
+    def mask(layer: int) -> Any:
+        def hook(module: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
+            inner = arguments[0].clone()
+            if model.positions[0] < prompt:
+                seen[layer].append(inner)
+            else:
+                kept = torch.zeros(inner.shape[1], dtype=torch.bool)
+                kept[chosen_neurons(torch.cat(seen[layer]), 0.3, 0.25)] = True
+                inner[:, ~kept] = 0
+            return (inner,)
+
+        return hook
+
+    handles = []
+    for index, layer in enumerate(model.model.model.layers):
+        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(move(index)))
+        handles.append(layer.mlp.down_proj.register_forward_pre_hook(mask(index)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["fast", "reference"])
+def test_pruned_prompts_of_steered_requests_with_some_neurons(
+    deep: Expected, tmp_path: Path, reference: bool
+) -> None:
+    direction = direction_for(deep)
+    methods = (PRUNING, steering_by(direction, tmp_path), "core-infer:keep=0.3,core=0.25")
+    options = {**PRUNING_OPTIONS, "reference": reference}
+    with load(deep.directory, methods=methods, **options) as llm:
+        recorder = LogitsRecorder(llm)
+        choices: list[Any] = [None, {}, {"slim-infer": {}}]
+        prompts = [prompt_of(length) for length in (75, 20, 40)]
+        outputs = llm.generate(prompts, greedy(9), methods=choices)
+        llm.engine.check_integrity()
+    wanted = [
+        pruned_logits(deep, outputs[0], beside=lambda model: steered_in_part(model, direction, 75)),
+        deep.sampled_logits(outputs[1]),
+        pruned_logits(deep, outputs[2]),
+    ]
+    for output, logits in zip(outputs, wanted, strict=True):
+        assert (recorder.logits(output) - logits).abs().max() < TOLERANCE
 
 
 def test_guesses_of_steered_requests(

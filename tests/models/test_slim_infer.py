@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,13 @@ def num_left(tokens: int, share: float) -> int:
 class PrunedModel:
     """The layers of transformers one after another, with a list of keys and values for each.
 
-    Of full units in that list, what a codec makes of them is read. ``positions`` are those of the
-    tokens that each layer has kept.
+    Of full units in that list, what a codec makes of them is read. ``kept`` are the positions of
+    the tokens that each layer has, ``positions`` those of the inputs of the layer that runs.
     """
 
     def __init__(self, expected: Expected, codec: KVCodec | None = None, unit: int = 0) -> None:
         self.model, self.codec, self.unit = expected.model, codec, unit
+        self.positions = torch.zeros(0, dtype=torch.int64)
         self.kept = [torch.zeros(0, dtype=torch.int64) for _ in range(LAYERS)]
         self.coded = [0] * LAYERS
         heads = self.model.config.num_key_value_heads
@@ -76,6 +78,7 @@ class PrunedModel:
 
     def attend(self, index: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """What attention makes of inputs, and the probabilities ``[heads, queries, slots]``."""
+        self.positions = positions
         layer = self.model.model.layers[index].self_attn
         heads, kv_heads = (
             self.model.config.num_attention_heads,
@@ -154,16 +157,24 @@ class PrunedModel:
 
 
 def pruned_logits(
-    expected: Expected, output: RequestOutput, index: int = 0, **options: Any
+    expected: Expected,
+    output: RequestOutput,
+    index: int = 0,
+    beside: Callable[[PrunedModel], AbstractContextManager[None]] | None = None,
+    **options: Any,
 ) -> Tensor:
-    """``[tokens, vocab]``: from what each token of a completion should have been drawn."""
+    """``[tokens, vocab]``: from what each token of a completion should have been drawn.
+
+    ``beside`` changes the model.
+    """
     prompt, tokens = output.prompt_token_ids, output.outputs[index].token_ids
     model = PrunedModel(expected, **options)
-    for start, end in parts_of(len(prompt)):
-        logits = model.feed(prompt[start:end], start, True)
-    rows = [logits[-1]]
-    for place, token in enumerate(tokens[:-1], len(prompt)):
-        rows.append(model.feed([token], place, False)[0])
+    with nullcontext() if beside is None else beside(model):
+        for start, end in parts_of(len(prompt)):
+            logits = model.feed(prompt[start:end], start, True)
+        rows = [logits[-1]]
+        for place, token in enumerate(tokens[:-1], len(prompt)):
+            rows.append(model.feed([token], place, False)[0])
     for layer, kept in enumerate(model.kept):
         stage = sum(begin <= layer for begin in BEGINS)
         left = [
@@ -326,3 +337,25 @@ def test_options_that_do_not_fit(expected: Expected, options: str, message: str)
         method = f"{NAME}:{options},span=24"
     with pytest.raises(ConfigurationError, match=message):
         load(expected.directory, methods=(method,), **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "gpt2", "qwen3_moe", "smollm3"])
+def test_other_architectures(expectations: Callable[[str], Expected], name: str) -> None:
+    """Latents, learned positions, experts, layers without positions: the same one token at a time
+    as all together, and not what the model says of the whole prompt.
+    """
+    expected = expectations(name)
+    layers = expected.model.config.num_hidden_layers
+    method = f"{NAME}:layers={layers // 2},keep=0.3,span=32,block=4,unit=2"
+    prompts = [prompt_of(length) for length in (75, 30)]
+    found = []
+    for reference in (False, True):
+        options = {**OPTIONS, "reference": reference, "methods": (method,)}
+        with load(expected.directory, **options) as llm:
+            recorder = LogitsRecorder(llm)
+            outputs = llm.generate(prompts, greedy(5))
+            llm.engine.check_integrity()
+        found.append([recorder.logits(output) for output in outputs])
+    for output, fast, slow in zip(outputs, *found, strict=True):
+        assert (fast - slow).abs().max() < TOLERANCE
+        assert (fast - expected.sampled_logits(output)).abs().max() > 100 * TOLERANCE
