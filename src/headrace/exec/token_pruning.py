@@ -49,6 +49,8 @@ class _Way:
         begins: of the stages.
 
     Attributes:
+        count: its inputs, before any was lost.
+        first: whether its sequence begins with it.
         kept: which of its inputs are left, if some are not.
         queries, lse: of the last of them in the layer watched last: rotated, of one input or more.
     """
@@ -57,12 +59,14 @@ class _Way:
     method: TokenPruningMethod | None
     begins: tuple[int, ...]
     count: int = field(init=False)
+    first: bool = field(init=False)
     kept: Tensor | None = None
     queries: list[Tensor] = field(default_factory=list)
     lse: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.count = len(self.row.input_ids)
+        self.first = self.row.positions[0] == 0
 
     @property
     def passing(self) -> int:
@@ -146,7 +150,7 @@ class PruningRoute(Route):
         if count == way.passing:
             return None
         weights = self._weights(layer - 1, way.row, queries, lse)
-        return way.method.choose(weights, count, way.row.positions[0] == 0)
+        return way.method.choose(weights, count, way.first)
 
     def _weights(self, layer: int, row: PlanRow, queries: Tensor, lse: Tensor) -> Tensor:
         """What the last inputs of a row attended to among its inputs in a layer."""
