@@ -68,11 +68,12 @@ def make_layout(
 ) -> CacheLayout:
     """Cache groups of one layer each, and a state of the model or of methods if wanted.
 
-    ``staged``: each is a stage, but for the second.
+    ``staged``: each is a stage; of three or more, the first two are one.
     """
     planes = tuple(PlaneSpec(name, "slot", 1, 2, "float32") for name in ("key", "value"))
+    together = len(windows) > 2
     groups = [
-        CacheGroup((i,), (planes,), window, staged * max(0, i - 1))
+        CacheGroup((i,), (planes,), window, staged * max(0, i - together))
         for i, window in enumerate(windows)
     ]
     state = (len(groups), PlaneSpec("state", "sequence", 1, 2, "float32"))
@@ -223,15 +224,8 @@ class Harness:
         and ``gang``, which goes before. Of a gang, ``begun`` is what every block begins with, and
         its number.
         """
-        if policy and self.setup.policies:
-            chosen = self.setup.policies[(policy - 1) % len(self.setup.policies)]
-            profile = replace(profile, methods=(chosen,))
-        if gang and self.setup.gangs:
-            profile = replace(profile, methods=(self.setup.gangs[(gang - 1) % 2],))
+        profile = self._with_methods(profile, policy, gang, pruning)
         if pruning and self.setup.pruning:
-            dropping = self.setup.pruning[(pruning - 1) % len(self.setup.pruning)]
-            profile = replace(profile, methods=(dropping, *profile.methods))
-            assert conflict(profile.methods) is None
             params = replace(params, prompt_logprobs=None)
             pooling = pooling and "last"
         beginnings: list[list[int]] = []
@@ -286,6 +280,19 @@ class Harness:
         if record.request is None:
             assert limit == 0, "only a request that asks for nothing is never queued"
         return record
+
+    def _with_methods(self, profile: Profile, policy: int, gang: int, pruning: int) -> Profile:
+        """The profile with those of the setup that are chosen; see ``add``."""
+        if policy and self.setup.policies:
+            chosen = self.setup.policies[(policy - 1) % len(self.setup.policies)]
+            profile = replace(profile, methods=(chosen,))
+        if gang and self.setup.gangs:
+            profile = replace(profile, methods=(self.setup.gangs[(gang - 1) % 2],))
+        if pruning and self.setup.pruning:
+            dropping = self.setup.pruning[(pruning - 1) % len(self.setup.pruning)]
+            profile = replace(profile, methods=(dropping, *profile.methods))
+            assert conflict(profile.methods) is None
+        return profile
 
     def _has_room(
         self, prompt: list[int], count: int, limit: int, beginnings: SequenceOf[SequenceOf[int]]
