@@ -172,10 +172,10 @@ def _load(
     """See ``load_engine``; ``opened`` closes what a failure leaves behind."""
     source = _open_source(config)
     checkpoint, architecture, device = source.checkpoint, source.architecture, source.device
-    methods = MethodSet(wanted, model_facts(source, config.block_size))
-    layout = layout_of(source.states, config.block_size)
-    prefix_caching = shares_prefixes(config, layout, architecture.causal)
     chunk = step_inputs(config, device, source.shape.context, architecture.causal)
+    methods = MethodSet(wanted, model_facts(source, config, chunk))
+    layout = layout_of(source.states, config.block_size, methods.stages)
+    prefix_caching = shares_prefixes(config, layout, architecture.causal)
     placing = Placing(methods.methods, source.ops)
     opened.callback(placing.close)
     placing.decide(config, checkpoint, architecture, source.plan, layout, chunk)
@@ -299,15 +299,17 @@ def _load_second(config: EngineConfig, first: _Source, name: str) -> LoadedModel
     return LoadedModel(model, first.ops, tuple(states), shape.context, config.block_size)
 
 
-def model_facts(source: _Source, block_size: int) -> ModelFacts:
-    """What methods may ask of a model."""
+def model_facts(source: _Source, config: EngineConfig, chunk: int) -> ModelFacts:
+    """What methods may ask of a model, of which a step has ``chunk`` inputs."""
     return ModelFacts(
         source.states,
         source.shape.context,
         source.shape.vocab_size,
         source.architecture.causal,
-        block_size,
+        config.block_size,
         source.architecture.rotary_attention,
+        # Each of the other sequences may have one.
+        max(1, chunk - config.max_num_seqs + 1),
     )
 
 

@@ -16,6 +16,7 @@ from headrace.contracts.kv_policy import KVPolicy
 from headrace.contracts.load_map import GatedNames
 from headrace.contracts.method import Method, ModelFacts, conflict, of_kind
 from headrace.contracts.slot_policy import SlotPolicy
+from headrace.contracts.token_pruning import TokenPruningMethod
 from headrace.errors import ConfigurationError, InvalidRequestError
 from headrace.exec.decoding.drafter import Drafter, DrafterMethod, DraftParts
 from headrace.exec.depth import DepthMethod, DepthRouter
@@ -34,6 +35,7 @@ ROOMS = (
     "headrace.exec.steering",
     "headrace.exec.sparsity",
     "headrace.exec.exits",
+    "headrace.exec.pruning",
     "headrace.exec.decoding.drafters",
     "headrace.exec.placement",
 )
@@ -167,9 +169,11 @@ class MethodSet:
 
     def __init__(self, methods: Sequence[Method], model: ModelFacts) -> None:
         self.methods = tuple(methods)
-        self._model = model
         self.taps: dict[str, Tap[Any]] = {}
         self.drafters: dict[str, Drafter] = {}
+        for pruning in of_kind(self.methods, TokenPruningMethod):
+            model = replace(model, stages=pruning.begins(len(model.layers)))
+        self._model = model
         for method in self.methods:
             try:
                 method.check(model)
@@ -178,6 +182,11 @@ class MethodSet:
         reason = conflict(self.methods)
         if reason is not None:
             raise ConfigurationError(f"method: {reason}")
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Layers before which another stage begins; see ``ModelFacts``."""
+        return self._model.stages
 
     def open_taps(self, forward: Forward) -> None:
         """Make taps ready for a model, whose shapes are traced if any method asks for them.

@@ -47,6 +47,23 @@ def test_there_are_few_groups(layers: int) -> None:
     assert sorted(i for group in made.groups for i in group.layers) == list(range(layers + 1))
 
 
+@pytest.mark.parametrize("stages", [(10, 19), (10, 20, 30), (1, 31), (16,), (3, 5, 9, 14, 20)])
+def test_groups_do_not_reach_over_stages(stages: tuple[int, ...]) -> None:
+    made = layout_of([attention_state(2, 16, "bfloat16")] * 32, BLOCK, stages)
+    for group in made.groups:
+        assert {sum(begin <= layer for begin in stages) for layer in group.layers} == {group.stage}
+    assert sorted(i for group in made.groups for i in group.layers) == list(range(32))
+    assert len(made.groups) <= MOST_GROUPS
+    assert made.num_stages == len(stages) + 1
+    assert made.token_bytes <= 1.5 * layout(*[None] * 32).token_bytes
+
+
+def test_pages_are_well_filled() -> None:
+    """Stages of 10, 9 and 13 layers: 7 groups of at most 5."""
+    made = layout_of([attention_state(2, 16, "bfloat16")] * 32, BLOCK, (10, 19))
+    assert sorted(len(group.layers) for group in made.groups) == [4, 4, 4, 5, 5, 5, 5]
+
+
 def test_windows_of_several_widths() -> None:
     made = layout(8, 20, None)
     assert [group.window for group in made.groups] == [8, 20, None]

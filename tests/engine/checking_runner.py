@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from headrace.contracts.drafting import DraftMethod
 from headrace.contracts.gang import gang_method
 from headrace.contracts.kv_policy import SealedPages
-from headrace.contracts.method import MethodCard
+from headrace.contracts.method import MethodCard, of_kind
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.profile import Profile
 from headrace.contracts.slot_policy import CompactionSchedule
@@ -38,6 +39,7 @@ from tests.engine.gang_checks import (
     known_blocks,
 )
 from tests.engine.hashed_slots import HashedSlots
+from tests.engine.hashed_tokens import HashedTokens
 
 Vector = npt.NDArray[np.float32]
 
@@ -83,6 +85,16 @@ class Guessing(DraftMethod):
     @property
     def always_on(self) -> bool:
         return self.always
+
+
+def pruning_of(sequence: Sequence) -> HashedTokens | None:
+    """What drops tokens of a sequence's prompt."""
+    return next(iter(of_kind(sequence.request.profile.methods, HashedTokens)), None)
+
+
+def first_slot(row: PlanRow, group: int) -> int:
+    """Where the inputs of a row go in a group."""
+    return row.slot if row.slots is None else row.slots[group]
 
 
 class Violation(BaseException):
@@ -177,6 +189,10 @@ class Seen:
     """Pages that a policy had freed, counted in every step."""
     coded: int = 0
     """Rows whose slots became a unit."""
+    pruned: int = 0
+    """Tokens that groups did not get."""
+    pruned_coded: int = 0
+    """Rows whose slots became units of which groups have different ones."""
     compacted: int = 0
     """Rows whose slots were reduced."""
     compacted_hits: int = 0
@@ -227,6 +243,7 @@ class CheckingRunner(Runner):
         layout = engine.scheduler.accounting.layout
         self._size = layout.block_size
         self._windows = [group.window for group in layout.groups]
+        self._stages = [group.stage for group in layout.groups]
         self._groups = range(len(layout.groups))
         self._states: dict[int, History] = {}
         self._has_states = bool(layout.all_states)
@@ -335,14 +352,26 @@ class CheckingRunner(Runner):
         failing: bool,
     ) -> None:
         known = self._histories(sequence)
-        for offset, (token, position) in enumerate(zip(row.input_ids, row.positions, strict=True)):
-            column, place = divmod(row.slot + offset, self._size)
-            content = POISON if failing else Slot(token, position, known[sequence.num_fed + offset])
-            for group in self._groups:
+        for group in self._groups:
+            new = self._new(row, sequence, group)
+            self.seen.pruned += len(row.input_ids) - len(new)
+            for offset, index in enumerate(new):
+                column, place = divmod(first_slot(row, group) + offset, self._size)
+                fed = index - sequence.num_fed
+                content = Slot(row.input_ids[fed], row.positions[fed], known[index])
+                content = POISON if failing else content
                 page = int(tables[group, row.table_row, column])
                 require((page, place) not in written, "two inputs go to one slot", row, page)
                 written.add((page, place))
                 self._pages[page][place] = content
+
+    def _new(self, row: PlanRow, sequence: Sequence, group: int) -> list[int]:
+        """The tokens that a group gets in this step."""
+        start, end = sequence.num_fed, sequence.num_fed + len(row.input_ids)
+        method = pruning_of(sequence)
+        if method is None or row.num_prompt == 0:
+            return list(range(start, end))
+        return method.tokens_of(self._stages[group], self._histories(sequence), start, end)
 
     def _guess(self, row: PlanRow, sequence: Sequence) -> Guesses:
         """Some tokens for the room that there is, of which the first ones are right."""
@@ -373,7 +402,7 @@ class CheckingRunner(Runner):
             content = refused(sequence)
             if offset < guesses.right:
                 history = extend(history, guesses.tokens[offset])
-                content = Slot(guesses.tokens[offset], row.positions.stop + offset, history)
+                content = Slot(guesses.tokens[offset], row.positions[-1] + 1 + offset, history)
             column, place = divmod(row.slot + len(row.input_ids) + offset, self._size)
             for group in self._groups:
                 page = int(tables[group, row.table_row, column])
@@ -398,13 +427,13 @@ class CheckingRunner(Runner):
         self, row: PlanRow, sequence: Sequence, tables: PageTables, guesses: Guesses
     ) -> RowResult:
         """Read the context back, compare it with what it has to be, and go on from there."""
-        end = row.slot + len(row.input_ids) - row.begin
         known = self._histories(sequence)
         expected = self._expected(row, sequence, known, 0)
         self._read_segments(row, sequence, tables)
         self._read_units(row, sequence, known)
         for group, window in enumerate(self._windows):
             expected = self._expected(row, sequence, known, group)
+            end = len(expected)
             first, count = row.begin // self._size, -(-end // self._size)
             pages = tables[group, row.table_row, first : first + count].tolist()
             slots = [slot for page in pages for slot in self._pages[page]]
@@ -419,7 +448,7 @@ class CheckingRunner(Runner):
                 rest <= {BLANK, refused(sequence)}, "padding holds something", row, pages, slots
             )
         self._advance_state(row, sequence, known)
-        tokens = [self._sample(expected[end - 1].history, state) for state in row.samples]
+        tokens = [self._sample(expected[-1].history, state) for state in row.samples]
         if guesses.length:
             require(tokens == guesses.tokens[:1], "a guess follows something else", row)
             tokens = guesses.tokens
@@ -437,8 +466,7 @@ class CheckingRunner(Runner):
         self, row: PlanRow, sequence: Sequence, known: list[History], group: int
     ) -> list[Slot]:
         """What the slots of a group hold when the row's inputs have been fed."""
-        new = range(sequence.num_fed, sequence.num_fed + len(row.input_ids))
-        held = [*self._held(sequence, group), *new]
+        held = [*self._held(sequence, group), *self._new(row, sequence, group)]
         return [Slot(sequence.token_ids[i], i, known[i]) for i in held]
 
     def _compact(self, row: PlanRow, sequence: Sequence, tables: PageTables) -> None:
@@ -460,35 +488,42 @@ class CheckingRunner(Runner):
                 self._pages[page] = [slots[i] for i in part]
 
     def _code(self, row: PlanRow, tables: PageTables) -> None:
-        """Code the row's slots as planned: its first page then stands for all of them."""
-        if row.coded is None or row.coded.fills is None:
+        """Code the row's slots as planned: the first page of a unit then stands for all of it."""
+        if row.coded is None or not any(map(len, row.coded.fills)):
             return
         self.seen.coded += 1
-        unit = row.coded.unit
-        require(row.slot + len(row.input_ids) == unit.slots, "a part of a unit is coded", row)
-        columns = tables[0, row.table_row, : unit.slots // self._size].tolist()
-        fills = row.coded.fills.tolist()
-        require(not {*fills} & {*columns}, "a unit fills pages that it reads", row)
-        slots = [slot for page in columns for slot in self._pages[page]]
-        for page in fills:
-            self._pages[page] = [POISON] * self._size
-        self._units[fills[0]] = slots
+        self.seen.pruned_coded += row.slots is not None
+        for group, (unit, fills) in enumerate(zip(row.coded.units, row.coded.fills, strict=True)):
+            size = unit.slots // self._size
+            columns = tables[group, row.table_row, : size * len(fills)].tolist()
+            require(not {*fills.flat} & {*columns}, "a unit fills pages that it reads", row)
+            for number, fill in enumerate(fills.tolist()):
+                part = columns[number * size : (number + 1) * size]
+                self._units[fill[0]] = [slot for page in part for slot in self._pages[page]]
+                for page in fill:
+                    self._pages[page] = [POISON] * self._size
 
     def _read_units(self, row: PlanRow, sequence: Sequence, known: list[History]) -> None:
         """The units before a row's slots hold what they have to."""
-        unit = sequence.request.unit
-        require((unit is not None) == (row.coded is not None), "a unit too much or too little", row)
-        if unit is None or row.coded is None:
+        units = sequence.request.units
+        require(bool(units) == (row.coded is not None), "a unit too much or too little", row)
+        if row.coded is None:
             return
-        start, end = sequence.num_fed, sequence.num_fed + len(row.input_ids)
-        require(start // unit.slots == (end - 1) // unit.slots, "a unit is overstepped", row)
-        require((end % unit.slots == 0) == (row.coded.fills is not None), "coded too late", row)
-        count = start // unit.slots
-        require(row.coded.pages.shape == (count, unit.pages), "wrong units", row)
-        held = [slot for pages in row.coded.pages.tolist() for slot in self._units[pages[0]]]
-        tokens = range(count * unit.slots)
-        expected = [Slot(sequence.token_ids[i], i, known[i]) for i in tokens]
-        require(held == expected, "a wrong unit is read", row, held)
+        for group, unit in enumerate(units):
+            cached = self._cached(sequence, group)
+            start, end = len(cached), len(cached) + len(self._new(row, sequence, group))
+            parts = row.num_prompt > 0 and row.slots is not None
+            inside = start // unit.slots == (end - 1) // unit.slots
+            require(inside or parts, "a unit is overstepped", row)
+            count = start // unit.slots
+            filled = end // unit.slots - count
+            require(row.coded.fills[group].shape == (filled, unit.pages), "coded too late", row)
+            require(row.coded.pages[group].shape == (count, unit.pages), "wrong units", row)
+            pages = row.coded.pages[group].tolist()
+            held = [slot for each in pages for slot in self._units[each[0]]]
+            tokens = cached[: count * unit.slots]
+            expected = [Slot(sequence.token_ids[i], i, known[i]) for i in tokens]
+            require(held == expected, "a wrong unit is read", row, held)
 
     def _histories(self, sequence: Sequence) -> list[History]:
         """The history after each of its tokens."""
@@ -525,9 +560,11 @@ class CheckingRunner(Runner):
         """The tokens whose slots the sequence has in its own context before the step, in order."""
         if sequence.begin:
             return list(range(len(sequence.request.prompt_token_ids), sequence.num_fed))
-        if sequence.request.unit is not None:
-            slots = sequence.request.unit.slots
-            return list(range(sequence.num_fed // slots * slots, sequence.num_fed))
+        if sequence.request.units:
+            slots, cached = sequence.request.units[0].slots, self._cached(sequence, group)
+            return cached[len(cached) // slots * slots :]
+        if pruning_of(sequence) is not None:
+            return self._cached(sequence, group)
         schedule = sequence.request.schedule
         if schedule is not None:
             return self._left(sequence, schedule, group)
@@ -542,6 +579,19 @@ class CheckingRunner(Runner):
         require(sequence.ordinals == kept, "other pages are left", sequence.ordinals, kept)
         slots = [i for ordinal in kept for i in range(ordinal * size, (ordinal + 1) * size)]
         return slots + list(range(sealed * size, sequence.num_fed))
+
+    def _cached(self, sequence: Sequence, group: int) -> list[int]:
+        """The tokens that a group has, coded or not, where it does not depend on a policy."""
+        method = pruning_of(sequence)
+        prompt, fed = len(sequence.request.prompt_token_ids), sequence.num_fed
+        if method is None:
+            return list(range(fed))
+        stage = self._stages[group]
+        ends = {end for m in sequence.request.profile.methods for end in m.boundaries(prompt)}
+        parts = pairwise([0, *sorted(ends)])
+        known = self._histories(sequence)
+        left = [method.tokens_of(stage, known, *part) for part in parts if part[1] <= fed]
+        return [*chain(*left), *range(prompt, fed)]
 
     @staticmethod
     def _left(sequence: Sequence, schedule: CompactionSchedule, group: int) -> list[int]:
@@ -595,7 +645,10 @@ class CheckingRunner(Runner):
         request, state, count = sequence.request, sequence.state, len(row.input_ids)
         start, end = sequence.num_fed, sequence.num_fed + count
         require(row.begin == sequence.begin, "a wrong beginning", row)
-        require(row.slot - row.begin == len(self._held(sequence)), "a wrong slot", row)
+        for group in self._groups:
+            held = len(self._held(sequence, group))
+            require(first_slot(row, group) - row.begin == held, "a wrong slot", row)
+        require((row.slots is None) == (pruning_of(sequence) is None), "slots of groups", row)
         require(
             not any(start < boundary < end for boundary in request.boundaries),
             "a boundary is crossed",
@@ -608,6 +661,8 @@ class CheckingRunner(Runner):
         require(sequence.status is status, "a planned sequence does not run", row)
         ends = [end for m in row.methods for end in m.boundaries(len(request.prompt_token_ids))]
         require(not any(start < place < end for place in ends), "a method is not obeyed", row)
+        if pruning_of(sequence) is not None and row.num_prompt:
+            require(end in ends, "a part is torn apart", row)
         require(count > 0, "an empty row", row)
         require(row.table_row == sequence.table_row, "a wrong table row", row)
         known = expected_tokens(sequence, self.beginnings.get(request.request_id, ()))

@@ -33,6 +33,7 @@ from tests.engine.checking_runner import (
     score,
 )
 from tests.engine.gang_checks import block_histories, fits
+from tests.engine.hashed_tokens import HashedTokens
 
 VOCAB = 11
 EOS = 0
@@ -59,11 +60,22 @@ class Watching(Method):
 
 
 def make_layout(
-    windows: Windows, block_size: int, states: bool = False, method_states: bool = False
+    windows: Windows,
+    block_size: int,
+    states: bool = False,
+    method_states: bool = False,
+    staged: bool = False,
 ) -> CacheLayout:
-    """Cache groups of one layer each, and a state of the model or of methods if wanted."""
+    """Cache groups of one layer each, and a state of the model or of methods if wanted.
+
+    ``staged``: each is a stage; of three or more, the first two are one.
+    """
     planes = tuple(PlaneSpec(name, "slot", 1, 2, "float32") for name in ("key", "value"))
-    groups = [CacheGroup((i,), (planes,), window) for i, window in enumerate(windows)]
+    together = len(windows) > 2
+    groups = [
+        CacheGroup((i,), (planes,), window, staged * max(0, i - together))
+        for i, window in enumerate(windows)
+    ]
     state = (len(groups), PlaneSpec("state", "sequence", 1, 2, "float32"))
     kept = [(state,) if wanted else () for wanted in (states, method_states)]
     return CacheLayout(block_size, tuple(groups), *kept)
@@ -90,6 +102,8 @@ class Setup:
     """What decides what stays in the cache, of which a request may have one."""
     gangs: tuple[GangMethod, ...] = ()
     """Methods by which sequences of a request may see each other."""
+    pruning: tuple[HashedTokens, ...] = ()
+    """What drops tokens of prompts, of which a request may have one."""
     drafting: bool = False
     """Whether requests may have their tokens guessed."""
     causal: bool = True
@@ -156,7 +170,13 @@ class Harness:
         )
         self.engine, self.clock = simulated_engine(
             config,
-            layout=make_layout(setup.windows, setup.block_size, setup.states, setup.method_states),
+            layout=make_layout(
+                setup.windows,
+                setup.block_size,
+                setup.states,
+                setup.method_states,
+                bool(setup.pruning),
+            ),
             num_pages=setup.pages * len(setup.windows),
             context=setup.context,
             vocab_size=VOCAB,
@@ -191,6 +211,7 @@ class Harness:
         profile: Profile = EXACT,
         policy: int = 0,
         gang: int = 0,
+        pruning: int = 0,
         begun: SequenceOf[int] = (),
         boundaries: tuple[int, ...] = (),
         pooling: Pooling | None = None,
@@ -199,14 +220,14 @@ class Harness:
         """Add a request; ``None`` when the queue is full, or there is no room for a gang. Prompt
         and output are cut to fit.
 
-        ``policy`` counts from 1 through those of the setup, and is 0 for none; so does ``gang``,
-        and it goes before. Of a gang, ``begun`` is what every block begins with, and its number.
+        ``policy`` counts from 1 through those of the setup, and is 0 for none; so do ``pruning``
+        and ``gang``, which goes before. Of a gang, ``begun`` is what every block begins with, and
+        its number.
         """
-        if policy and self.setup.policies:
-            chosen = self.setup.policies[(policy - 1) % len(self.setup.policies)]
-            profile = replace(profile, methods=(chosen,))
-        if gang and self.setup.gangs:
-            profile = replace(profile, methods=(self.setup.gangs[(gang - 1) % 2],))
+        profile = self._with_methods(profile, policy, gang, pruning)
+        if pruning and self.setup.pruning:
+            params = replace(params, prompt_logprobs=None)
+            pooling = pooling and "last"
         beginnings: list[list[int]] = []
         in_gang = gang_method(profile.methods, params.n) is not None and params.max_tokens != 0
         if in_gang and begun:
@@ -259,6 +280,19 @@ class Harness:
         if record.request is None:
             assert limit == 0, "only a request that asks for nothing is never queued"
         return record
+
+    def _with_methods(self, profile: Profile, policy: int, gang: int, pruning: int) -> Profile:
+        """The profile with those of the setup that are chosen; see ``add``."""
+        if policy and self.setup.policies:
+            chosen = self.setup.policies[(policy - 1) % len(self.setup.policies)]
+            profile = replace(profile, methods=(chosen,))
+        if gang and self.setup.gangs:
+            profile = replace(profile, methods=(self.setup.gangs[(gang - 1) % 2],))
+        if pruning and self.setup.pruning:
+            dropping = self.setup.pruning[(pruning - 1) % len(self.setup.pruning)]
+            profile = replace(profile, methods=(dropping, *profile.methods))
+            assert conflict(profile.methods) is None
+        return profile
 
     def _has_room(
         self, prompt: list[int], count: int, limit: int, beginnings: SequenceOf[SequenceOf[int]]

@@ -16,6 +16,7 @@ from tests.engine.checking_runner import Fault, Guessing
 from tests.engine.gang_checks import SeesPrevious
 from tests.engine.harness import VOCAB, Harness, Setup, Watching
 from tests.engine.hashed_slots import HashedSlots
+from tests.engine.hashed_tokens import HashedTokens
 from tests.engine.plain_units import PlainUnits
 
 GANGS = (HogwildInference(), SeesPrevious())
@@ -52,6 +53,27 @@ SETUPS = (
     Setup(drafting=True, pages=9, rows=4, tokens=9),
     Setup(drafting=True, policy="priority", pages=12, rows=6, tokens=12, block_size=3),
     Setup(drafting=True, windows=(None, 5), pages=9, rows=4, tokens=9, block_size=1),
+    Setup(windows=(None, None, None), pages=9, rows=4, tokens=8, pruning=(HashedTokens(5, 0.4),)),
+    Setup(
+        policy="priority",
+        windows=(None, None, None, None),
+        pages=9,
+        rows=3,
+        tokens=6,
+        block_size=3,
+        pruning=(HashedTokens(4, 0.5),),
+        method_states=True,
+    ),
+    Setup(
+        windows=(None, None, None),
+        pages=14,
+        rows=4,
+        tokens=14,
+        context=30,
+        policies=(PlainUnits(2, 1),),
+        pruning=(HashedTokens(11, 0.6),),
+    ),
+    Setup(windows=(None, None), pages=12, rows=4, tokens=6, policies=(PlainUnits(3, 1),)),
     Setup(causal=False, pages=30, rows=4, tokens=24),
     Setup(causal=False, policy="priority", pages=12, rows=2),
 )
@@ -75,6 +97,8 @@ SITUATIONS = (
     "failed",
     "dropped",
     "coded",
+    "pruned",
+    "pruned_coded",
     "compacted",
     "compacted_hits",
     "passed",
@@ -147,6 +171,7 @@ class Walk:
         policy = int(rng.random() < 0.7)
         gang = rng.choice((0, 1, 1, 2))
         begun = self._tokens(rng.randrange(3)) if gangs else []
+        pruning = int(rng.random() < 0.7) if self.harness.setup.pruning else 0
         draft = Guessing(rng.choice((1, 3, 7)), rng.random() < 0.7) if rng.random() < 0.7 else None
         self.harness.add(
             prompt,
@@ -155,6 +180,7 @@ class Walk:
             profile=profile,
             policy=policy,
             gang=gang,
+            pruning=pruning,
             begun=begun,
             pooling=pooling,
             draft=draft,
@@ -199,6 +225,8 @@ class Walk:
             dropped=seen.dropped,
             passed=seen.passed,
             coded=seen.coded,
+            pruned=seen.pruned,
+            pruned_coded=seen.pruned_coded,
             compacted=seen.compacted,
             compacted_hits=seen.compacted_hits,
             seen_by_others=seen.seen_by_others,

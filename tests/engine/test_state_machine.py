@@ -23,6 +23,7 @@ from tests.engine.checking_runner import Fault, Guessing
 from tests.engine.gang_checks import SeesPrevious
 from tests.engine.harness import VOCAB, Harness, Setup, Watching
 from tests.engine.hashed_slots import HashedSlots
+from tests.engine.hashed_tokens import HashedTokens
 from tests.engine.plain_units import PlainUnits
 
 POLICIES = (
@@ -32,6 +33,7 @@ POLICIES = (
     (HashedSlots(6, 4, 4), RandomEviction(0.5)),
     (PlainUnits(3, 1), PlainUnits(2, 1)),
 )
+PRUNING = (HashedTokens(4, 0.5), HashedTokens(3, 0.8), HashedTokens(6, 0.3))
 GANGS = (HogwildInference(), SeesPrevious())
 PROFILES = (
     EXACT,
@@ -49,9 +51,12 @@ def is_composable(setup: Setup) -> bool:
     whole = setup.windows.count(None) == len(setup.windows) > 0 and not setup.states
     if setup.drafting and (setup.states or not setup.causal):
         return False
+    if setup.pruning:
+        fits = all(each.part <= setup.tokens - setup.rows + 1 for each in setup.pruning)
+        coded = all(isinstance(policy, PlainUnits) for policy in setup.policies)
+        return whole and setup.causal and fits and coded and not (setup.gangs or setup.drafting)
     if setup.policies or setup.gangs:
-        coded = any(isinstance(policy, PlainUnits) for policy in setup.policies)
-        return whole and setup.causal and (len(setup.windows) == 1 or not coded)
+        return whole and setup.causal
     return whole or setup.causal
 
 
@@ -59,7 +64,9 @@ setups = st.builds(
     Setup,
     policy=st.sampled_from(("fcfs", "priority")),
     prefix_caching=st.booleans(),
-    windows=st.sampled_from(((None,), (None, None), (None, 5), (3,), (4, None, 4), ())),
+    windows=st.sampled_from(
+        ((None,), (None, None), (None,) * 3, (None, 5), (3,), (4, None, 4), ())
+    ),
     states=st.booleans(),
     method_states=st.booleans(),
     block_size=st.sampled_from((1, 2, 3, 4)),
@@ -70,6 +77,7 @@ setups = st.builds(
     waiting=st.integers(1, 6),
     policies=st.sampled_from(POLICIES),
     gangs=st.sampled_from(((), GANGS)),
+    pruning=st.sampled_from(((), (), PRUNING)),
     drafting=st.booleans(),
     causal=st.sampled_from((True, True, True, False)),
 ).filter(is_composable)
@@ -99,6 +107,7 @@ class EngineMachine(RuleBasedStateMachine):
         profile=st.sampled_from(PROFILES),
         policy=st.integers(0, 2),
         gang=st.integers(0, 2),
+        pruning=st.integers(0, 3),
         begun=st.lists(st.integers(0, VOCAB - 1), max_size=2),
         seed=st.one_of(st.none(), st.integers(0, 3)),
         ends=st.lists(st.integers(1, 24), max_size=2),
@@ -120,6 +129,7 @@ class EngineMachine(RuleBasedStateMachine):
         profile: Profile,
         policy: int,
         gang: int,
+        pruning: int,
         begun: list[int],
         seed: int | None,
         ends: list[int],
@@ -151,6 +161,7 @@ class EngineMachine(RuleBasedStateMachine):
             profile=profile,
             policy=policy,
             gang=gang,
+            pruning=pruning,
             begun=begun,
             boundaries=boundaries,
             pooling=pooling,

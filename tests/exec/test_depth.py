@@ -15,7 +15,8 @@ from headrace.contracts.cache import CacheLayout
 from headrace.contracts.method import MethodCard
 from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.step import PlanRow, SampleState
-from headrace.exec.depth import DepthMethod, DepthRouter, ExitParts, Exits, Head, Route
+from headrace.exec.depth import DepthMethod, DepthRouter, ExitParts, Exits, Head
+from headrace.exec.route import Route
 from headrace.kv.arena import KVArena
 from headrace.ops.device import resolve_device
 from headrace.ops.table import Ops, make_ops

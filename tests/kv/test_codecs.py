@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headrace.contracts.cache import ITEM_BYTES, attention_layout
-from headrace.contracts.kv_codec import KVCodec, coded_unit
+from headrace.contracts.kv_codec import KVCodec, coded_units
 from headrace.kv.codecs.gear import Gear, low_rank
 from headrace.kv.codecs.kivi import Kivi
 from headrace.kv.packed_bits import (
@@ -119,7 +119,7 @@ def test_the_power_method_finds_what_is_of_low_rank() -> None:
 
 def test_units_lie_in_fewer_pages() -> None:
     layout = attention_layout(layers=4, kv_heads=2, head_dim=32, dtype="bfloat16", block_size=16)
-    unit = coded_unit(Gear(unit=120), layout)
+    [unit] = coded_units(Gear(unit=120), layout)
     assert unit.slots == 128
     assert unit.pages < layout.pages_for(128)
     ends: dict[int, int] = {}
@@ -129,9 +129,9 @@ def test_units_lie_in_fewer_pages() -> None:
     assert len(ends) == unit.pages and max(ends.values()) <= layout.page_bytes
     assert list(unit.places) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="make units longer"):
-        coded_unit(Gear(bits=8, unit=16), layout)
+        coded_units(Gear(bits=8, unit=16), layout)
     with pytest.raises(ValueError, match="make units shorter"):
-        coded_unit(Gear(unit=4096), layout)
+        coded_units(Gear(unit=4096), layout)
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,9 @@ def pair_conflict(*names: str) -> str | None:
         ("core-infer", "hogwild-inference"),
         ("core-infer", "draft-model"),
         ("flexgen", "random-eviction"),
+        ("slim-infer", "gear"),
+        ("slim-infer", "core-infer"),
+        ("slim-infer", "inference-time-intervention"),
     ],
 )
 def test_pairs_that_go_together(first: str, second: str) -> None:
@@ -141,7 +144,10 @@ def test_pairs_that_go_together(first: str, second: str) -> None:
         ("scissorhands", "hogwild-inference", "slots hold the tokens in their order"),
         ("random-eviction", "hogwild-inference", "the cache holds every token of the past"),
         ("gear", "draft-model", "a token that is fed belongs to its sequence"),
-        ("early-exit", "triforce", "every token goes through all layers"),
+        ("early-exit", "triforce", "a token has gone through its layers"),
+        ("slim-infer", "early-exit", "a token has gone through its layers"),
+        ("slim-infer", "random-eviction", "the cache holds every token of the past"),
+        ("slim-infer", "flexgen", "weights and KV pages stay where they are"),
         ("flexgen", "core-infer", "weights and KV pages stay where they are"),
     ],
 )

@@ -540,6 +540,6 @@ def test_models_that_it_is_not_for(
 
 @pytest.mark.parametrize("other", ["random-eviction", "h2o", "kivi", "activation-recorder"])
 def test_what_does_not_go_with_it(expected: Expected, other: str) -> None:
-    message = f"method: {other} needs that every token goes through all layers"
+    message = f"method: {other} needs that a token has gone through its layers"
     with pytest.raises(ConfigurationError, match=message):
         load(expected.directory, methods=(METHOD, other))

@@ -12,28 +12,42 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from headrace.contracts.kv_codec import KVCodec
 from headrace.contracts.method import conflict
 from headrace.errors import ConfigurationError
+from headrace.kv.codecs.gear import Gear
 from headrace.methods import find_method, known_methods
+from tests.models import louder
 from tests.models.drafting import accepted, save_similar
 from tests.models.expected import Expected, greedy, load, prompt_of
+from tests.models.louder import Louder
 from tests.models.test_early_exit import METHOD as EARLY_EXIT
 from tests.models.test_early_exit import check, middle_threshold, save_deep
 from tests.models.test_kv_codecs import GEAR, coded_logits
 from tests.models.test_kv_codecs import TOLERANCE as CODED_TOLERANCE
 from tests.models.test_neurons import chosen_neurons
+from tests.models.test_slim_infer import METHOD as PRUNING
+from tests.models.test_slim_infer import OPTIONS as PRUNING_OPTIONS
+from tests.models.test_slim_infer import PrunedModel, make_expected, pruned_logits
 from tests.models.test_slot_policies import KV as SCISSORHANDS
 from tests.models.test_slot_policies import reduced_logits
 from tests.models.test_steering import attention_shape, steered
 from tests.support.logits import LogitsRecorder
 
 TOLERANCE = 2e-4
+LOUDER = louder.__file__
 OPTIONS: dict[str, Any] = {"block_size": 4, "max_num_batched_tokens": 16}
 
 
 @pytest.fixture(scope="module")
 def expected(expectations: Callable[[str], Expected]) -> Expected:
     return expectations("llama3")
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    """With layers for several stages."""
+    return make_expected(tmp_path_factory.mktemp("deep"))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +142,131 @@ def test_coded_caches_of_requests_with_some_neurons(expected: Expected) -> None:
             logits = coded_logits(expected, tokens, codec) if coded else expected.logits(tokens)
         found = recorder.logits(output)
         assert (found - logits[prompt - 1 : -1]).abs().max() < CODED_TOLERANCE
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["fast", "reference"])
+@pytest.mark.parametrize(
+    ("kv", "codec", "tolerance"),
+    [
+        # Entries near the middle of two levels may be rounded to either, in six layers.
+        (GEAR, Gear(bits=4, unit=16, outliers=0.2), 20 * CODED_TOLERANCE),
+        (f"{LOUDER}:Louder", Louder(), CODED_TOLERANCE),
+    ],
+    ids=["gear", "louder"],
+)
+def test_coded_caches_of_pruned_prompts(
+    deep: Expected, kv: str, codec: KVCodec, tolerance: float, reference: bool
+) -> None:
+    """What is left in each layer is coded at its own pace; beside requests with one of them."""
+    lengths = (75, 97, 50, 64, 30)
+    coded, pruned, both = {codec.name(): {}}, {"slim-infer": {}}, None
+    choices: list[Any] = [both, coded, pruned, both, {}]
+    params = [greedy(20), greedy(9), greedy(20), greedy(9, n=2), greedy(9)]
+    options = {**PRUNING_OPTIONS, "reference": reference}
+    with load(deep.directory, kv=kv, methods=(PRUNING,), **options) as llm:
+        recorder = LogitsRecorder(llm)
+        prompts = [prompt_of(length) for length in lengths]
+        outputs = llm.generate(prompts, params, methods=choices)
+        llm.engine.check_integrity()
+        assert llm.stats().pages_used == 0
+    coding = {"codec": codec, "unit": 16}
+    for output, choice in zip(outputs, choices, strict=True):
+        prompt = output.prompt_token_ids
+        tokens = [*prompt, *output.outputs[0].token_ids]
+        if choice in (both, pruned):
+            with_and_without = [pruned_logits(deep, output, **coding), pruned_logits(deep, output)]
+        else:
+            logits = coded_logits(deep, tokens, codec), deep.logits(tokens)
+            with_and_without = [each[len(prompt) - 1 : -1] for each in logits]
+        errors = [(recorder.logits(output) - each).abs().max() for each in with_and_without]
+        wanted, other = errors if choice in (both, coded) else errors[::-1]
+        assert wanted < tolerance
+        assert other > 50 * CODED_TOLERANCE
+
+
+def test_coded_caches_of_pruned_prompts_take_fewer_pages(deep: Expected) -> None:
+    peaks = []
+    for methods in ((), (PRUNING,)):
+        with load(deep.directory, kv=GEAR, methods=methods, **PRUNING_OPTIONS) as llm:
+            llm.generate([prompt_of(170)], greedy(20))
+            peaks.append(llm.stats().pages_peak * llm.engine.runner.arena.layout.page_bytes)
+    assert peaks[1] < 0.7 * peaks[0]
+
+
+def test_preempted_sequences_of_pruned_prompts_and_coded_caches(deep: Expected) -> None:
+    prompts = [prompt_of(75, seed) for seed in range(3)]
+    options = {**PRUNING_OPTIONS, "kv": GEAR, "methods": (PRUNING,), "reference": True}
+    with load(deep.directory, **options) as llm:
+        alone = [llm.generate([prompt], greedy(30, logprobs=1))[0] for prompt in prompts]
+        peak = llm.stats().pages_peak * llm.engine.runner.arena.layout.page_bytes
+    with load(deep.directory, kv_cache_memory_bytes=int(1.6 * peak), **options) as llm:
+        together = llm.generate(prompts, greedy(30, logprobs=1))
+        assert llm.stats().preemptions > 0 == llm.stats().pages_used
+        llm.engine.check_integrity()
+    for one, other in zip(alone, together, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert one.outputs[0].logprobs == other.outputs[0].logprobs
+
+
+@contextmanager
+def steered_in_part(model: PrunedModel, direction: Tensor, prompt: int) -> Iterator[None]:
+    """Heads are moved from the prompt's last token on; behind it, neurons that what a layer has of
+    the prompt did not choose are 0.
+    """
+    seen: list[list[Tensor]] = [[] for _ in direction]
+
+    def move(layer: int) -> Any:
+        def hook(module: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
+            out = arguments[0].clone()
+            out[model.positions >= prompt - 1] += 0.5 * direction[layer].flatten()
+            return (out,)
+
+        return hook
+
+    def mask(layer: int) -> Any:
+        def hook(module: Any, arguments: tuple[Tensor]) -> tuple[Tensor]:
+            inner = arguments[0].clone()
+            if model.positions[0] < prompt:
+                seen[layer].append(inner)
+            else:
+                kept = torch.zeros(inner.shape[1], dtype=torch.bool)
+                kept[chosen_neurons(torch.cat(seen[layer]), 0.3, 0.25)] = True
+                inner[:, ~kept] = 0
+            return (inner,)
+
+        return hook
+
+    handles = []
+    for index, layer in enumerate(model.model.model.layers):
+        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(move(index)))
+        handles.append(layer.mlp.down_proj.register_forward_pre_hook(mask(index)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["fast", "reference"])
+def test_pruned_prompts_of_steered_requests_with_some_neurons(
+    deep: Expected, tmp_path: Path, reference: bool
+) -> None:
+    direction = direction_for(deep)
+    methods = (PRUNING, steering_by(direction, tmp_path), "core-infer:keep=0.3,core=0.25")
+    options = {**PRUNING_OPTIONS, "reference": reference}
+    with load(deep.directory, methods=methods, **options) as llm:
+        recorder = LogitsRecorder(llm)
+        choices: list[Any] = [None, {}, {"slim-infer": {}}]
+        prompts = [prompt_of(length) for length in (75, 20, 40)]
+        outputs = llm.generate(prompts, greedy(9), methods=choices)
+        llm.engine.check_integrity()
+    wanted = [
+        pruned_logits(deep, outputs[0], beside=lambda model: steered_in_part(model, direction, 75)),
+        deep.sampled_logits(outputs[1]),
+        pruned_logits(deep, outputs[2]),
+    ]
+    for output, logits in zip(outputs, wanted, strict=True):
+        assert (recorder.logits(output) - logits).abs().max() < TOLERANCE
 
 
 def test_guesses_of_steered_requests(

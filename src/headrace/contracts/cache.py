@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -73,12 +74,14 @@ class LayerState:
 class CacheGroup:
     """Layers that share one page table. ``planes[i]`` are the planes of ``layers[i]``.
 
-    Pages behind the ``window`` of its layers are freed.
+    Pages behind the ``window`` of its layers are freed. In layers of another ``stage``, a sequence
+    may have other slots.
     """
 
     layers: tuple[int, ...]
     planes: tuple[tuple[PlaneSpec, ...], ...]
     window: int | None = None
+    stage: int = 0
 
     def page_bytes(self, block_size: int) -> int:
         """Bytes that its planes take in a page."""
@@ -140,8 +143,13 @@ class CacheLayout:
             kept = [index for index, layer in enumerate(group.layers) if layer not in layers]
             planes = tuple(group.planes[index] for index in kept)
             left = tuple(group.layers[index] for index in kept)
-            groups.append(CacheGroup(left, planes, group.window))
+            groups.append(CacheGroup(left, planes, group.window, group.stage))
         return CacheLayout(self.block_size, tuple(groups), self.states)
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of layers, in which a sequence may have different slots."""
+        return 1 + max((group.stage for group in self.groups), default=0)
 
     @property
     def window(self) -> int | None:
@@ -182,30 +190,47 @@ def attention_state(
     return LayerState(tuple(planes), window)
 
 
-def layout_of(states: Sequence[LayerState], block_size: int) -> CacheLayout:
+def layout_of(
+    states: Sequence[LayerState], block_size: int, stages: Sequence[int] = ()
+) -> CacheLayout:
     """The layout for layers that keep these states.
 
-    Layers with the same window share groups. A window whose layers together need larger pages
-    than another's is split over several groups, so that pages of one size are well filled.
+    Layers of a stage with the same window share groups. Those that together need larger pages
+    than others are split over several groups, so that pages of one size are well filled.
+
+    Args:
+        stages: layers with which another stage begins, ascending.
     """
-    kinds: dict[int | None, list[int]] = {}
+    kinds: dict[tuple[int | None, int], list[int]] = {}
     for layer, state in enumerate(states):
         if state.of_scope("slot"):
-            kinds.setdefault(state.window, []).append(layer)
+            kinds.setdefault((state.window, bisect_right(stages, layer)), []).append(layer)
 
-    def group(window: int | None, layers: Iterable[int]) -> CacheGroup:
+    def group(window: int | None, stage: int, layers: Iterable[int]) -> CacheGroup:
         chosen = tuple(layers)
-        return CacheGroup(chosen, tuple(states[i].of_scope("slot") for i in chosen), window)
+        planes = tuple(states[i].of_scope("slot") for i in chosen)
+        return CacheGroup(chosen, planes, window, stage)
 
-    smallest = min(map(len, kinds.values()), default=0)
-    while smallest and sum(-(-len(layers) // smallest) for layers in kinds.values()) > MOST_GROUPS:
-        smallest += 1
+    parts = _parts([len(layers) for layers in kinds.values()])
     groups = []
-    for window, layers in kinds.items():
-        parts = -(-len(layers) // smallest)
-        groups += [group(window, layers[part::parts]) for part in range(parts)]
+    for (kind, layers), count in zip(kinds.items(), parts, strict=True):
+        groups += [group(*kind, layers[part::count]) for part in range(count)]
     entries = tuple((i, p) for i, state in enumerate(states) for p in state.of_scope("sequence"))
     return CacheLayout(block_size, tuple(groups), entries)
+
+
+def _parts(sizes: Sequence[int]) -> list[int]:
+    """Into how many groups so many layers each are split: so that, all pages being as large as the
+    largest, they take the least; of splits that take the same, the one with the fewest groups.
+    """
+    splits = [[-(-size // most) for size in sizes] for most in range(1, max(sizes, default=0) + 1)]
+    few = [parts for parts in splits if sum(parts) <= MOST_GROUPS] or splits[-1:]
+
+    def cost(parts: Sequence[int]) -> tuple[int, int]:
+        largest = max(-(-size // count) for size, count in zip(sizes, parts, strict=True))
+        return largest * sum(parts), sum(parts)
+
+    return min(few, key=cost, default=[])
 
 
 def attention_layout(

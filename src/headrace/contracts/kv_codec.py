@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from headrace.contracts.cache import ALIGNMENT, ITEM_BYTES, CacheLayout, layout_of
+from headrace.contracts.cache import ALIGNMENT, ITEM_BYTES, CacheGroup, CacheLayout, layout_of
 from headrace.contracts.method import Method, ModelFacts, Property
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ class KVCodec(Method):
         {
             Property.PLAIN_ENTRIES,
             Property.TOKEN_ORDER,
-            Property.WHOLE_PAST,
             Property.FULL_DEPTH,
             Property.FED_TOKENS_STAY,
             Property.IN_MEMORY,
@@ -67,7 +66,7 @@ class KVCodec(Method):
                     "needs layers that keep plain keys and values of all tokens; some here have a "
                     "window, int8 entries, a latent or a state"
                 )
-        coded_unit(self, layout_of(model.layers, model.block_size))
+        coded_units(self, layout_of(model.layers, model.block_size, model.stages))
 
     @abstractmethod
     def unit_slots(self, block_size: int) -> int:
@@ -101,21 +100,27 @@ class CodedPlace:
 
 @dataclass(frozen=True, slots=True)
 class CodedUnit:
-    """A unit as the arena stores it: so many pages, and where they have what of each layer."""
+    """A unit of the layers of a cache group as the arena stores it: so many pages, and where they
+    have what of each layer.
+    """
 
     slots: int
     pages: int
     places: Mapping[int, Sequence[CodedPlace]]
 
 
-def coded_unit(codec: KVCodec, layout: CacheLayout) -> CodedUnit:
-    """How units of a codec lie in pages of a layout, each part where there is room first.
+def coded_units(codec: KVCodec, layout: CacheLayout) -> tuple[CodedUnit, ...]:
+    """How units of a codec lie in pages of a layout, for each of its groups.
 
     Raises:
         ValueError: a part is larger than a page, or units take no fewer pages than they did.
     """
+    return tuple(_coded_unit(codec, layout, group) for group in layout.groups)
+
+
+def _coded_unit(codec: KVCodec, layout: CacheLayout, group: CacheGroup) -> CodedUnit:
+    """Each part lies where there is room first."""
     slots = codec.unit_slots(layout.block_size)
-    [group] = layout.groups
     used: list[int] = []
     places: dict[int, list[CodedPlace]] = {}
     for layer, planes in zip(group.layers, group.planes, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ class Property(Enum):
     WHOLE_PAST = "the cache holds every token of the past, in every layer and head"
     OWN_CONTEXT = "a sequence sees its own tokens and no others"
     ALL_NEURONS = "every token goes through all inner neurons of the feed-forward layers"
-    FULL_DEPTH = "every token goes through all layers before the next one is fed"
+    FULL_DEPTH = "a token has gone through its layers before the next one is fed"
     FED_TOKENS_STAY = "a token that is fed belongs to its sequence"
     IN_MEMORY = "weights and KV pages stay where they are, in memory"
 
@@ -63,6 +64,8 @@ class ModelFacts:
         causal: whether a token is computed from those before it alone.
         block_size: slots of a page of its cache.
         rotary: whether positions reach it only as rotations of queries and keys in attention.
+        sure_inputs: of a step, whatever else is in it, for the sequence that is first in order.
+        stages: layers before which another stage begins, whose slots are counted apart.
     """
 
     layers: tuple[LayerState, ...]
@@ -71,6 +74,8 @@ class ModelFacts:
     causal: bool
     block_size: int = 16
     rotary: bool = True
+    sure_inputs: int = sys.maxsize
+    stages: tuple[int, ...] = ()
 
 
 class Method(ABC):

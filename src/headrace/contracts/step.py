@@ -93,18 +93,19 @@ class Compaction:
 
 @dataclass(slots=True)
 class CodedContext:
-    """The units before a row's own slots, and the one that its slots become.
+    """The units before a row's own slots, and those that its slots become, in each cache group.
 
     Args:
-        pages: of the units in order, int32 ``[units, unit.pages]``.
-        fills: int32 ``[unit.pages]``: where the row's slots are coded when the step ends, since
-            they are a unit then; nobody else holds these. ``None``: they are not.
+        units: how they lie in pages.
+        pages: of the units in order, int32 ``[n, unit.pages]``.
+        fills: int32 ``[m, unit.pages]``: where the first ``m`` units of the row's own slots are
+            coded when the step ends; nobody else holds these.
     """
 
     codec: KVCodec
-    unit: CodedUnit
-    pages: npt.NDArray[np.int32]
-    fills: npt.NDArray[np.int32] | None
+    units: Sequence[CodedUnit]
+    pages: Sequence[npt.NDArray[np.int32]]
+    fills: Sequence[npt.NDArray[np.int32]]
 
 
 @dataclass(slots=True)
@@ -115,8 +116,9 @@ class PlanRow:
         sequence: the sequence's number.
         table_row: its row in the page tables.
         input_ids: token ids to feed, in order.
-        positions: one position per input (RoPE); slots may differ from positions later.
+        positions: one position per input (RoPE), ascending; slots may differ from positions later.
         slot: the first KV slot that is written; inputs take consecutive slots.
+        slots: the same for each cache group, where they differ.
         samples: one entry per token to draw from the last input's logits; several when the
             sequence forks here; empty when the inputs end before the known tokens do.
         score_ids: tokens whose log-probability is wanted, the i-th given inputs ``[0..i]``.
@@ -140,7 +142,7 @@ class PlanRow:
     sequence: int
     table_row: int
     input_ids: Sequence[int]
-    positions: range
+    positions: Sequence[int]
     slot: int
     samples: Sequence[SampleState] = ()
     score_ids: Sequence[int] = ()
@@ -157,6 +159,7 @@ class PlanRow:
     segments: Sequence[Segment] = ()
     num_prompt: int = 0
     draft_room: int = 0
+    slots: Sequence[int] | None = None
 
     @property
     def ends_prompt(self) -> bool:

@@ -13,6 +13,7 @@ from headrace.engine.gang import Gang
 from headrace.engine.page_pool import PagePool
 from headrace.engine.prefix_tree import PrefixTree, SealedRun
 from headrace.engine.sequence import Request, Sequence
+from headrace.engine.stage_pages import StagePages
 
 
 class CacheAccounting:
@@ -49,6 +50,7 @@ class CacheAccounting:
         self._state_copies: list[tuple[int, int]] = []
         shape = (len(layout.groups), num_rows, layout.pages_for(max_slots))
         self.tables: PageTables = np.zeros(shape, dtype=np.int32)
+        self.staged = StagePages(layout, self.pool, self.tables, self._take_pages)
         self._free_rows = list(range(num_rows - 1, -1, -1))
 
     @property
@@ -82,8 +84,8 @@ class CacheAccounting:
             return self.tree.match_compacted(
                 request.cache_profile, sequence.token_ids, known, request.schedule
             )
-        if request.unit is not None:
-            slots = request.unit.slots
+        if request.units:
+            slots = request.units[0].slots
             return self.tree.match_units(request.cache_profile, sequence.token_ids, known, slots)
         runs = self.tree.match(request.cache_profile, sequence.token_ids, limit)
         return runs if self.layout.window is None else runs[: self._readable(runs)]
@@ -128,22 +130,27 @@ class CacheAccounting:
         return needed
 
     def pages_at_once(self, request: Request, tokens: int) -> int | None:
-        """Pages that a sequence of so many tokens has at most at once, where slots are reduced or
-        coded; ``None``: where they are not.
+        """Pages that a sequence of so many tokens has at most at once, where slots are reduced,
+        coded or never there; ``None``: where they are not.
         """
+        if request.stages is not None:
+            return self.staged.pages_at_once(request, tokens)
         if request.schedule is not None:
             slots = request.schedule.most_slots(tokens)
             return self.layout.pages_for(slots) * self._num_groups
-        if request.unit is not None:
-            own = self.layout.pages_for(min(tokens, request.unit.slots))
-            return tokens // request.unit.slots * request.unit.pages + own
+        if request.units:
+            unit, pages = request.units[0].slots, sum(unit.pages for unit in request.units)
+            own = self.layout.pages_for(min(tokens, unit)) * self._num_groups
+            return tokens // unit * pages + own + self._num_groups - 1
         return None
 
     def admit(self, sequence: Sequence, runs: list[SealedRun]) -> None:
         """Give a waiting sequence a table row and the runs that ``match`` found."""
         self.take_row(sequence)
         sequence.tail = []
-        if runs and sequence.request.unit is not None:
+        if sequence.request.stages is not None:
+            self.staged.begin(sequence)
+        if runs and sequence.request.units:
             self._hold_units(sequence, runs)
             sequence.num_fed = sequence.next_position = sequence.num_adopted = runs[-1].tokens
             return
@@ -206,9 +213,10 @@ class CacheAccounting:
 
     def _columns_to_fill(self, sequence: Sequence, count: int) -> int:
         """Columns that are filled if the step ends with a compaction or a coded unit."""
-        schedule, unit = sequence.request.schedule, sequence.request.unit
-        if unit is not None:
-            return unit.pages if sequence.num_slots + count == unit.slots else 0
+        schedule, units = sequence.request.schedule, sequence.request.units
+        if units:
+            full = sequence.num_slots + count == units[0].slots
+            return -(-sum(unit.pages for unit in units) // self._num_groups) if full else 0
         if schedule is None or not schedule.is_due(sequence.num_fed + count):
             return 0
         return self.layout.pages_for(schedule.budget)
@@ -221,6 +229,8 @@ class CacheAccounting:
         size, groups = self.layout.block_size, self._num_groups
         if groups == 0:
             return count
+        if sequence.groups:
+            return self.staged.reserve(sequence, count, plan, self.num_available)
         owned = self._num_columns(sequence)
         room = owned * size - sequence.num_slots
         shared = room > 0 and any(self.pool.references[page] > 1 for page in sequence.tail[-1])
@@ -265,12 +275,15 @@ class CacheAccounting:
         del sequence.tail[kept:]
 
     def _take_columns(self, count: int) -> list[list[int]]:
-        """``count`` times a page for each group, evicting what is idle as far as needed."""
-        wanted = count * self._num_groups
+        """``count`` times a page for each group."""
+        pages = self._take_pages(count * self._num_groups)
+        return [pages[start::count] for start in range(count)]
+
+    def _take_pages(self, wanted: int) -> list[int]:
+        """Pages, evicting what is idle as far as needed."""
         while self.pool.num_free < wanted:
             self._release_pages(self.tree.evict())
-        pages = self.pool.allocate(wanted)
-        return [pages[start::count] for start in range(count)]
+        return self.pool.allocate(wanted)
 
     def _release_pages(self, pages: Iterable[int]) -> None:
         for page in pages:
@@ -292,7 +305,10 @@ class CacheAccounting:
         are free.
         """
         size = self.layout.block_size
-        if sequence.request.unit is not None:
+        if sequence.groups:
+            self.staged.advance(sequence)
+            return
+        if sequence.request.units:
             self._code(sequence)
             return
         if sequence.compacted is not None:
@@ -343,7 +359,9 @@ class CacheAccounting:
         if not sequence.spare:
             return
         request, end = sequence.request, sequence.num_fed
-        pages = tuple(page for column in sequence.spare for page in column)
+        taken = [page for column in sequence.spare for page in column]
+        count = sum(unit.pages for unit in request.units)
+        pages = tuple(taken[:count])
         key = tuple(sequence.token_ids[end - sequence.num_slots : end])
         if self._share and end <= request.num_shareable:
             parent = sequence.units[-1] if sequence.units else self.tree.root(request.cache_profile)
@@ -351,7 +369,7 @@ class CacheAccounting:
         else:
             run, unused = self.tree.new_run(pages, key, end), []
         self._hold_units(sequence, [run])
-        self._release_pages(unused)
+        self._release_pages([*unused, *taken[count:]])
         for column in sequence.tail:
             self._release_pages(column)
         sequence.tail, sequence.spare, sequence.num_slots = [], [], 0
@@ -429,6 +447,7 @@ class CacheAccounting:
             self.tree.hold(parent.compacted)
             child.compacted = parent.compacted
         self._hold_units(child, parent.units)
+        self.staged.adopt(parent, child)
         if self.layout.all_states or parent.request.slot_policy is not None:
             self._state_copies.append((parent.table_row, child.table_row))
         child.runs = list(parent.runs)
@@ -453,6 +472,7 @@ class CacheAccounting:
 
     def release(self, sequence: Sequence) -> None:
         """Take back everything the sequence holds; its sealed runs stay in the tree, idle."""
+        self.staged.release(sequence)
         for column in [*sequence.tail, *sequence.spare]:
             self._release_pages(column)
         if sequence.compacted is not None:
@@ -484,7 +504,8 @@ class CacheAccounting:
                     window_users[run] = window_users.get(run, 0) + 1
             for run in [*sequence.units, *([sequence.compacted] if sequence.compacted else [])]:
                 users[run] = users.get(run, 0) + 1
-            for column in [*sequence.tail, *sequence.spare]:
+            held = (group.pages for group in sequence.groups)
+            for column in [*sequence.tail, *sequence.spare, *held]:
                 for page in column:
                     expected[page] += 1
         for run in {*users, *self.tree.runs()}:
@@ -499,6 +520,9 @@ class CacheAccounting:
 
     def _check_sequence(self, sequence: Sequence) -> None:
         """Its runs, tail and table row agree."""
+        if sequence.groups:
+            self.staged.check(sequence)
+            return
         name = f"sequence {sequence.number}"
         if len(sequence.ordinals) != len(sequence.runs):
             raise AssertionError(f"{name}: its runs are not numbered")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from headrace.contracts.clock import Clock
 from headrace.contracts.gang import GangMethod, gang_method
-from headrace.contracts.kv_codec import CodedUnit, KVCodec, coded_unit
+from headrace.contracts.kv_codec import CodedUnit, KVCodec, coded_units
 from headrace.contracts.method import of_kind
 from headrace.contracts.outputs import FinishReason, SequenceUpdate, TokenLogprobs
 from headrace.contracts.profile import EXACT, Profile
@@ -25,6 +25,7 @@ from headrace.contracts.step import (
     StepResult,
 )
 from headrace.contracts.text import TextStreamFactory
+from headrace.contracts.token_pruning import TokenPruningMethod
 from headrace.engine.gang import Gang, most_gang_tokens
 from headrace.engine.scheduler import Scheduler
 from headrace.engine.sequence import Request, Sequence, Status
@@ -116,8 +117,9 @@ class Engine:
 
         Raises:
             InvalidRequestError: the prompt is empty or too long, ``max_tokens`` does not fit
-                behind it, a token id is beyond the vocabulary, the model does not generate, or
-                the sequences are a gang for which there will never be room.
+                behind it, a token id is beyond the vocabulary, the model does not generate,
+                something is wanted of tokens that a method drops, or the sequences are a gang for
+                which there will never be room.
         """
         if pooling is None and not self.limits.generates:
             raise InvalidRequestError(
@@ -140,6 +142,7 @@ class Engine:
             raise InvalidRequestError(
                 "prompt", f"has {length} tokens; the context holds {context}, output included"
             )
+        self._check_pruning(params, pooling, profile)
         if gang_method(profile.methods, params.n) is not None and params.max_tokens != 0:
             return self._check_gang(length, params, beginnings)
         if params.max_tokens is None:
@@ -151,6 +154,18 @@ class Engine:
                 f"prompt takes {length}; ask for at most {room}",
             )
         return params.max_tokens
+
+    @staticmethod
+    def _check_pruning(params: SamplingParams, pooling: Pooling | None, profile: Profile) -> None:
+        """Some tokens of the prompt may not come out of the last layer."""
+        for method in of_kind(profile.methods, TokenPruningMethod):
+            drops = f"{method.name()} drops tokens of the prompt; leave it out for this request"
+            if params.prompt_logprobs is not None:
+                raise InvalidRequestError("prompt_logprobs", drops)
+            if pooling in ("mean", "first"):
+                raise InvalidRequestError(
+                    "methods", f"the embedding is made of all tokens, and {drops}"
+                )
 
     def _check_gang(
         self, prompt: int, params: SamplingParams, beginnings: SequenceOf[SequenceOf[int]]
@@ -225,7 +240,7 @@ class Engine:
             boundaries,
             pooling,
             self.scheduler.accounting.layout.block_size,
-            self._unit(profile),
+            self._units(profile),
         )
         self._check_pages(request)
         seed = params.seed if params.seed is not None else self._random.getrandbits(64)
@@ -254,6 +269,8 @@ class Engine:
         """Raise InvalidRequestError if reducing or coding slots needs more pages than there are."""
         accounting = self.scheduler.accounting
         tokens = len(request.prompt_token_ids) + request.max_tokens
+        if request.stages is not None and not request.units:
+            return  # It has no more than any other of this length.
         most = accounting.pages_at_once(request, tokens)
         # One more for each group: of sequences that parted, the last page is copied.
         needed = 0 if most is None else most + len(accounting.layout.groups)
@@ -264,12 +281,12 @@ class Engine:
                 f"{accounting.pool.num_pages}; lower the budget or raise kv_cache_memory_bytes",
             )
 
-    def _unit(self, profile: Profile) -> CodedUnit | None:
-        """How the KV of a request is coded."""
+    def _units(self, profile: Profile) -> tuple[CodedUnit, ...]:
+        """How the KV of a request is coded, if it is."""
         layout = self.scheduler.accounting.layout
         for codec in of_kind(profile.methods, KVCodec):
-            return coded_unit(codec, layout)
-        return None
+            return coded_units(codec, layout)
+        return ()
 
     @staticmethod
     def _make_gang(

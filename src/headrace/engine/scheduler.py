@@ -6,8 +6,9 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
-from headrace.contracts.kv_codec import CodedUnit, KVCodec
+from headrace.contracts.kv_codec import KVCodec
 from headrace.contracts.method import of_kind
 from headrace.contracts.scheduling import SchedulerPolicy, StepBudget
 from headrace.contracts.step import CodedContext, Compaction, PlanRow, SampleState, StepPlan
@@ -117,6 +118,9 @@ class Scheduler:
         request, wanted = sequence.request, min(most, sequence.num_feedable)
         if wanted == 0:
             return 0
+        in_part = request.stages is not None and sequence.num_fed < request.stages.prompt
+        if in_part and wanted < sequence.num_feedable:
+            return 0
         while (count := self.accounting.reserve(sequence, wanted, plan)) == 0:
             victim = self.running.items[self.policy.victim(self.running.items)]
             self.preempt(victim)
@@ -125,8 +129,8 @@ class Scheduler:
         plan.rows.append(plan_row(sequence, count))
         if request.schedule is not None:
             note_compaction(plan.rows[-1], sequence)
-        if request.unit is not None:
-            plan.rows[-1].coded = coded_context(sequence, request.unit)
+        if request.units:
+            plan.rows[-1].coded = coded_context(sequence)
         if sequence.draft_room > 0:
             self._drafting.append((sequence, plan.rows[-1]))
         return count
@@ -181,6 +185,8 @@ class Scheduler:
         while self.waiting and len(plan.rows) < rows and tokens > 0:
             sequence = self.waiting.items[0]
             if self._whole_prompts and sequence.num_pending > tokens:
+                return
+            if sequence.request.stages is not None and sequence.num_feedable > tokens:
                 return
             if not self._start_waiting(sequence, now):
                 return
@@ -295,6 +301,7 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
         begin=sequence.begin,
         segments=request.gang.segments(sequence) if request.gang and sequence.begin else (),
         num_prompt=min(count, max(0, len(request.prompt_token_ids) - start)),
+        slots=[held.slots for held in sequence.groups] if sequence.groups else None,
     )
 
 
@@ -309,10 +316,21 @@ def note_compaction(row: PlanRow, sequence: Sequence) -> None:
         row.compaction = Compaction(policy, schedule.budget, pages)
 
 
-def coded_context(sequence: Sequence, unit: CodedUnit) -> CodedContext:
-    """The units of a sequence, and the one that its slots become."""
+def coded_context(sequence: Sequence) -> CodedContext:
+    """The units of a sequence, and those that its slots become."""
+    units = sequence.request.units
     [codec] = of_kind(sequence.request.profile.methods, KVCodec)
-    pages = np.array([run.pages for run in sequence.units], dtype=np.int32)
-    fills = [page for column in sequence.spare for page in column]
-    filled = np.array(fills, dtype=np.int32) if fills else None
-    return CodedContext(codec, unit, pages.reshape(-1, unit.pages), filled)
+    spare = [page for column in sequence.spare for page in column]
+    found: list[npt.NDArray[np.int32]] = []
+    filled: list[npt.NDArray[np.int32]] = []
+    end = 0
+    for index, unit in enumerate(units):
+        if sequence.groups:
+            pages, fills = sequence.groups[index].units, sequence.groups[index].fills
+        else:
+            part = slice(end, end := end + unit.pages)
+            pages = [list(run.pages[part]) for run in sequence.units]
+            fills = [spare[part]] if spare else []
+        for made, rows in ((found, pages), (filled, fills)):
+            made.append(np.array(rows, dtype=np.int32).reshape(-1, unit.pages))
+    return CodedContext(codec, units, found, filled)

@@ -18,9 +18,11 @@ from headrace.contracts.sampling import SamplingParams
 from headrace.contracts.slot_policy import CompactionSchedule, SlotPolicy
 from headrace.contracts.step import Pooling, SampleState
 from headrace.contracts.text import TextStream
+from headrace.contracts.token_pruning import StageSlots, TokenPruningMethod
 from headrace.engine.draft_gain import DraftGain
 from headrace.engine.gang import Gang
 from headrace.engine.prefix_tree import SealedRun
+from headrace.engine.stage_pages import GroupPages
 
 
 class Status(Enum):
@@ -43,7 +45,9 @@ class Request:
     makes the embedding. Of each sequence, the first ``num_shareable`` tokens have KV that others
     may share; ``kv_policy`` or ``slot_policy``, with its ``schedule``, decide what it keeps.
     ``gang``: of its sequences, if they are one. ``drafting`` guesses its tokens. Its KV is coded
-    in a ``unit`` at a time, if at all.
+    in ``units``, one for each cache group, if at all. Where layers drop tokens of the prompt,
+    ``stages`` says how many slots each has, and the boundaries are those of methods alone: what is
+    dropped follows from them.
     """
 
     __slots__ = (
@@ -66,8 +70,9 @@ class Request:
         "schedule",
         "sequences",
         "slot_policy",
+        "stages",
         "unfinished",
-        "unit",
+        "units",
     )
 
     def __init__(
@@ -82,11 +87,15 @@ class Request:
         boundaries: tuple[int, ...] = (),
         pooling: Pooling | None = None,
         block_size: int = 1,
-        unit: CodedUnit | None = None,
+        units: tuple[CodedUnit, ...] = (),
     ) -> None:
-        self.unit = unit
+        self.units = units
         self.request_id = request_id
         asked = profile.boundaries(len(prompt_token_ids))
+        self.stages: StageSlots | None = None
+        for method in of_kind(profile.methods, TokenPruningMethod):
+            boundaries = ()
+            self.stages = StageSlots(method, sorted(asked))
         self.boundaries = tuple(sorted({*boundaries, *asked}))
         self.pooling: Pooling | None = pooling
         self.pooled: npt.NDArray[np.float32] | None = None
@@ -151,7 +160,8 @@ class Sequence:
     the pages with a window. Where slots have been reduced, ``compacted`` comes in place of the
     runs, and ``spare`` columns are what the compaction of this step fills, or a coded unit.
     ``units`` come before the slots, and are none. Its own context begins at slot ``begin``; see
-    ``PlanRow``.
+    ``PlanRow``. Where layers drop tokens, all that it has is in ``groups``, one for each cache
+    group, and ``num_slots`` counts tokens.
     """
 
     __slots__ = (
@@ -159,6 +169,7 @@ class Sequence:
         "begin",
         "compacted",
         "draft_gain",
+        "groups",
         "index",
         "next_position",
         "num_adopted",
@@ -204,6 +215,7 @@ class Sequence:
         self.compacted: SealedRun | None = None
         self.spare: list[list[int]] = []
         self.units: list[SealedRun] = []
+        self.groups: list[GroupPages] = []
         self.num_fed = self.num_slots = self.next_position = 0
         self.num_sealed = self.num_passed = self.begin = 0
         self.num_adopted = -1
@@ -226,7 +238,10 @@ class Sequence:
 
     @property
     def num_feedable(self) -> int:
-        """Pending tokens that one step may feed: those up to the next boundary or compaction."""
+        """Pending tokens that one step may feed: those up to the next boundary or compaction.
+
+        Where layers drop tokens, a step feeds all of these if they are a part of the prompt.
+        """
         end = len(self.token_ids)
         for boundary in self.request.boundaries:
             if boundary > self.num_fed:
@@ -234,8 +249,12 @@ class Sequence:
                 break
         if self.request.schedule is not None:
             end = min(end, self.request.schedule.next_stop(self.num_fed))
-        if self.request.unit is not None:
-            end = min(end, self.num_fed - self.num_slots + self.request.unit.slots)
+        if self.request.stages is not None:
+            if self.num_fed >= self.request.stages.prompt:
+                for held, unit in zip(self.groups, self.request.units, strict=False):
+                    end = min(end, self.num_fed + unit.slots - held.slots)
+        elif self.request.units:
+            end = min(end, self.num_fed - self.num_slots + self.request.units[0].slots)
         return end - self.num_fed
 
     @property
@@ -264,5 +283,6 @@ class Sequence:
         self.compacted = None
         self.spare = []
         self.units = []
+        self.groups = []
         self.num_fed = self.num_slots = self.next_position = 0
         self.num_sealed = self.num_passed = self.begin = 0

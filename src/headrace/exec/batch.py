@@ -31,7 +31,7 @@ class ForwardBatch:
     Args:
         input_ids, positions: ``[T]``.
         rows: which of them belong together.
-        past: int64 ``[R]``: slots before the inputs of each row.
+        past: int64 ``[R]``: slots before the inputs of each row, where groups do not differ.
         attention: one plan per cache group.
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
         tapped: name of a method with a tap -> the inputs that it is for.
@@ -107,13 +107,15 @@ class BatchBuilder:
         lengths = np.array([len(row.input_ids) for row in rows])
         begins = np.array([row.begin for row in rows])
         past = np.array([row.slot for row in rows]) - begins
+        differ = any(row.slots is not None for row in rows)
         used = [row.table_row for row in rows]
         size = self._arena.layout.block_size
         plans = []
         for group in self._groups:
             plane = self._arena.group_plane(group)
-            pages = pages_from(tables[group], used, begins, past + lengths, size)
-            shape = StepShape.of_one_group(lengths, past, pages, plane.heads)
+            slots = slots_of_group(rows, group) - begins if differ else past
+            pages = pages_from(tables[group], used, begins, slots + lengths, size)
+            shape = StepShape.of_one_group(lengths, slots, pages, plane.heads)
             plans.append(self._ops.attention.plan(shape, plane))
         batch = ForwardBatch(
             self._tensor(ids),
@@ -190,6 +192,11 @@ class BatchBuilder:
         return torch.from_numpy(array).to(self._ops.device, non_blocking=True)
 
 
+def slots_of_group(rows: Sequence[PlanRow], group: int) -> Indices:
+    """``[R]``: where the inputs of each row go in a cache group."""
+    return np.array([row.slot if row.slots is None else row.slots[group] for row in rows])
+
+
 def _single_input(row: PlanRow, index: int) -> PlanRow:
     """The row reduced to its ``index``-th input; earlier inputs are its past by then."""
     return PlanRow(
@@ -206,4 +213,5 @@ def _single_input(row: PlanRow, index: int) -> PlanRow:
         begin=row.begin,
         segments=row.segments,
         num_prompt=int(index < row.num_prompt),
+        slots=None if row.slots is None else [slot + index for slot in row.slots],
     )

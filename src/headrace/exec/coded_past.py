@@ -27,13 +27,14 @@ class CodedRow:
     """A row of a micro-batch with coded units before its own slots.
 
     Args:
-        pages: of the units in order, int64 ``[units, pages of a unit]``.
+        units: how they lie in pages, in each cache group.
+        pages: of the units in order, int64 ``[n, pages of a unit]``, in each cache group.
         start, queries: its inputs in the micro-batch.
     """
 
     codec: KVCodec
-    unit: CodedUnit
-    pages: Tensor
+    units: Sequence[CodedUnit]
+    pages: Sequence[Tensor]
     start: int
     queries: int
 
@@ -43,9 +44,9 @@ def coded_rows(rows: Sequence[PlanRow], device: str) -> list[CodedRow]:
     found, start = [], 0
     for row in rows:
         count = len(row.input_ids)
-        if row.coded is not None and len(row.coded.pages):
-            pages = torch.from_numpy(row.coded.pages.astype("int64")).to(device)
-            found.append(CodedRow(row.coded.codec, row.coded.unit, pages, start, count))
+        if row.coded is not None and any(map(len, row.coded.pages)):
+            pages = [torch.from_numpy(each.astype("int64")).to(device) for each in row.coded.pages]
+            found.append(CodedRow(row.coded.codec, row.coded.units, pages, start, count))
         start += count
     return found
 
@@ -64,9 +65,11 @@ def attend_coded(
         q: ``[queries, heads, width]``, rotated.
         own: ``[queries, heads, width]`` and the log-sum-exp ``[queries, heads]``.
     """
+    if not len(row.pages[arena.group_of(layer)]):
+        return own
     out, lse = own
-    query = q.transpose(0, 1)[None]
-    for pages in row.pages.split(max(1, _SLOTS_AT_ONCE // row.unit.slots)):
+    query, group = q.transpose(0, 1)[None], arena.group_of(layer)
+    for pages in row.pages[group].split(max(1, _SLOTS_AT_ONCE // row.units[group].slots)):
         keys, values = (x.to(q.dtype)[None] for x in read_units(arena, layer, row, pages))
         part, part_lse = matmul_kernel(query, keys, values, spec, None, False)
         out, lse = merge_attention(out, lse, part[0].transpose(0, 1), part_lse[0].T)
@@ -76,7 +79,7 @@ def attend_coded(
 def read_units(arena: KVArena, layer: int, row: CodedRow, pages: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of units ``[n, pages of a unit]``: fp32 ``[heads, n * slots, width]``."""
     parts = {}
-    for place in row.unit.places[layer]:
+    for place in row.units[arena.group_of(layer)].places[layer]:
         end = place.offset + _size(place.part)
         held = arena.pages[pages[:, place.page], place.offset : end]
         shape = (len(pages), *place.part.shape)
@@ -86,20 +89,29 @@ def read_units(arena: KVArena, layer: int, row: CodedRow, pages: Tensor) -> tupl
 
 
 def fill_unit(arena: KVArena, row: PlanRow, coded: CodedContext, tables: PageTables) -> None:
-    """Code the slots of a row, which are a unit, in every layer."""
-    if coded.fills is None:
-        return
-    columns = arena.layout.pages_for(coded.unit.slots)
-    for layer, places in coded.unit.places.items():
-        source = tables[arena.group_of(layer), row.table_row, :columns].astype("int64")
-        pages, cache = torch.from_numpy(source).to(arena.pages.device), arena.cache(layer)
+    """Code the first slots of a row as the units that they fill, in every layer."""
+    for group, (unit, fills) in enumerate(zip(coded.units, coded.fills, strict=True)):
+        columns = arena.layout.pages_for(unit.slots)
+        for number, fill in enumerate(fills):
+            first = number * columns
+            source = tables[group, row.table_row, first : first + columns].astype("int64")
+            pages = torch.from_numpy(source).to(arena.pages.device)
+            _fill(arena, coded.codec, unit, pages, fill.tolist())
+
+
+def _fill(
+    arena: KVArena, codec: KVCodec, unit: CodedUnit, pages: Tensor, fill: Sequence[int]
+) -> None:
+    """Code what a group has in ``pages`` to the pages ``fill``."""
+    for layer, places in unit.places.items():
+        cache = arena.cache(layer)
         keys, values = (
             torch.stack([plane.read(head, pages) for head in range(plane.heads)])
             for plane in (cache.keys, cache.values)
         )
-        parts = coded.codec.encode(keys, values)
+        parts = codec.encode(keys, values)
         for place in places:
-            target = arena.pages[int(coded.fills[place.page])]
+            target = arena.pages[fill[place.page]]
             held = parts[place.part.name].contiguous().view(torch.uint8).flatten()
             target[place.offset : place.offset + _size(place.part)] = held
 

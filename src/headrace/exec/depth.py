@@ -14,6 +14,7 @@ from torch import Tensor
 from headrace.contracts.cache import PlaneSpec
 from headrace.contracts.method import Method, ModelFacts, Property, of_kind
 from headrace.contracts.step import PlanRow
+from headrace.exec.route import Route
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
 from headrace.ops.table import Ops
@@ -158,7 +159,7 @@ class DepthRouter:
             )
             for number, (row, method) in enumerate(zip(rows, chosen, strict=True))
         ]
-        return Route(ways, states, self._method.most_waiting, partial(self._answer, head=head))
+        return DepthRoute(ways, states, self._method.most_waiting, partial(self._answer, head=head))
 
     def _answer(
         self, layer: int, hidden: Tensor, methods: Sequence[DepthMethod], head: Head
@@ -209,13 +210,13 @@ class _Way:
         self.row = replace(
             row,
             input_ids=row.samples[0].output_token_ids[-more - self.passing :],
-            positions=range(row.positions.start - more, row.positions.stop),
+            positions=range(row.positions[0] - more, row.positions[-1] + 1),
             slot=row.slot - more,
         )
 
 
-class Route:
-    """How the rows of a step go through the layers; the layer loop asks it before each exit.
+class DepthRoute(Route):
+    """Rows leave at exits, and what waits there goes on with them.
 
     Invariant: the tokens that wait before a layer have gone through all layers before it and none
     from it on. Those that wait further up are older, and no token behind any of them has gone
@@ -225,10 +226,6 @@ class Route:
         ways: the rows, in the order of the step.
         states: exit -> its planes of scope "sequence".
         answer: see ``Exits.answer``.
-
-    Attributes:
-        exits: layers, ascending.
-        logits: number of a row that has left -> with what, ``[vocab]``.
     """
 
     def __init__(
@@ -239,7 +236,7 @@ class Route:
         answer: _Answer,
     ) -> None:
         self.exits = tuple(states)
-        self.logits: dict[int, Tensor] = {}
+        self.logits = {}
         self._inputs = [way.passing for way in ways]
         self._ways, self._states = ways, states
         self._most_waiting, self._answer = most_waiting, answer
@@ -247,18 +244,9 @@ class Route:
 
     @property
     def rows(self) -> list[PlanRow]:
-        """What is fed to the layers behind the latest exit."""
         return [way.row for way in self._ways]
 
     def part(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """The residual stream that goes on from an exit, ``[T', hidden]``, row after row.
-
-        Args:
-            hidden: what has reached it, ``[T, hidden]``.
-
-        Returns:
-            ``None``: just this goes on, as the same rows.
-        """
         spans = hidden.split([way.passing for way in self._ways])
         self._ask(layer, spans)
         going: list[_Way] = []
@@ -304,23 +292,8 @@ class Route:
         self._states[layer][COUNT][way.row.table_row] = waiting
 
     def join(self, hidden: Tensor) -> Tensor:
-        """Hidden states of all inputs of the step; of rows that left, what they had reached.
-
-        Args:
-            hidden: from the last layer, of the rows that went through all.
-        """
+        """Hidden states of all inputs of the step; of rows that left, what they had reached."""
         found = dict(self._left)
         spans = hidden.split([way.passing for way in self._ways])
         found |= {way.number: span for way, span in zip(self._ways, spans, strict=True)}
         return torch.cat([found[number][-count:] for number, count in enumerate(self._inputs)])
-
-    def join_logits(self, rows: Sequence[int], computed: Tensor | None) -> Tensor:
-        """``[R, vocab]`` for rows of the step, by their numbers.
-
-        Args:
-            computed: of those that did not leave, in this order; ``None``: all did.
-        """
-        others = iter(() if computed is None else computed)
-        return torch.stack(
-            [self.logits[row] if row in self.logits else next(others) for row in rows]
-        )

@@ -13,11 +13,12 @@ from torch import Tensor
 from headrace.contracts.cache import LayerState
 from headrace.contracts.step import PageTables, PlanRow
 from headrace.exec.batch import BatchBuilder
-from headrace.exec.depth import Route
 from headrace.exec.extensions import Extensions
 from headrace.exec.layer_loop import LayerLoop
 from headrace.exec.page_view import PageView
+from headrace.exec.route import Route
 from headrace.exec.taps import SITES, ShapeTap, Site, SiteShapes, Tap
+from headrace.exec.token_pruning import pruning_route
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
 from headrace.ops.table import Ops
@@ -67,10 +68,14 @@ class Forward:
         """
         return self.loop.run(self.builder.build(rows, tables), view)
 
-    def route(self, rows: Sequence[PlanRow]) -> Route | None:
+    def route(self, rows: Sequence[PlanRow], tables: PageTables) -> Route | None:
         """How the rows of a step go through the layers; ``None``: each through all."""
         depth = self.extensions.depth
-        return None if depth is None else depth.route(rows, self.arena, self.loop.logits)
+        if depth is not None:
+            return depth.route(rows, self.arena, self.loop.logits)
+        if self.arena.layout.num_stages == 1:
+            return None
+        return pruning_route(rows, self.arena, tables, self.loop.num_layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[R, hidden]`` -> ``[R, vocab]``."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from headrace.contracts.step import PlanRow, Pooling
 from headrace.exec.batch import ForwardBatch
 from headrace.exec.coded_past import attend_coded
-from headrace.exec.depth import Route
 from headrace.exec.extensions import Extensions
 from headrace.exec.page_view import PageView
+from headrace.exec.route import Route
 from headrace.exec.taps import Site
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
@@ -32,6 +32,7 @@ class LayerContext:
 
     Args:
         view: what the layers read in place of the page tables; ``None``: these.
+        route: of the step's rows, if some do not go through all layers as they are.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class LayerContext:
         ops: Ops,
         extensions: Extensions,
         view: PageView | None = None,
+        route: Route | None = None,
     ) -> None:
         self.rows = batch.rows
+        self._route = route
         self._batch = batch
         self._arena = arena
         self._ops = ops
@@ -81,6 +84,8 @@ class LayerContext:
             out[inputs], lse[inputs] = seen
         if self._batch.observed:
             self._observe(layer, q, lse, (cos, sin), spec)
+        if self._route is not None and layer in self._route.watched:
+            self._route.watch(layer, self.rows, q, lse, (cos, sin), spec)
         if sinks is not None:
             out = add_sinks(out, lse, sinks)
         return self._tap("attention", layer, out).flatten(1)
@@ -191,26 +196,33 @@ class LayerLoop:
         hidden = torch.cat([self._embed(batch) for batch in batches])
         first = 0
         for layer in route.exits:
-            hidden = self._run_between(batches, hidden, first, layer)
+            hidden = self._run_between(batches, hidden, first, layer, route)
             first = layer
             parted = route.part(layer, hidden)
             if parted is not None:
                 hidden, batches = parted, build(route.rows) if route.rows else ()
-        return route.join(self._run_between(batches, hidden, first, len(self._model.layers)))
+        return route.join(self._run_between(batches, hidden, first, self.num_layers, route))
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return len(self._model.layers)
 
     def _run_between(
-        self, batches: Sequence[ForwardBatch], hidden: Tensor, first: int, end: int
+        self, batches: Sequence[ForwardBatch], hidden: Tensor, first: int, end: int, route: Route
     ) -> Tensor:
         """Layers ``first`` up to ``end`` on the residual stream of all micro-batches."""
         parts = hidden.split([len(batch.input_ids) for batch in batches]) if batches else ()
         passed = []
         for batch, part in zip(batches, parts, strict=True):
             self._route(batch)
-            passed.append(self._pass(part, self._context(batch, None), first, end))
+            passed.append(self._pass(part, self._context(batch, None, route), first, end))
         return torch.cat(passed) if passed else hidden
 
-    def _context(self, batch: ForwardBatch, view: PageView | None) -> LayerContext:
-        return LayerContext(batch, self._arena, self._ops, self._extensions, view)
+    def _context(
+        self, batch: ForwardBatch, view: PageView | None, route: Route | None = None
+    ) -> LayerContext:
+        return LayerContext(batch, self._arena, self._ops, self._extensions, view, route)
 
     def _route(self, batch: ForwardBatch) -> None:
         """Say which inputs go through which adapters and neurons, before they run."""

@@ -21,8 +21,8 @@ from headrace.contracts.step import (
 from headrace.exec.coded_past import fill_unit
 from headrace.exec.decoding.drafter import Drafter
 from headrace.exec.decoding.speculation import Speculation
-from headrace.exec.depth import Route
 from headrace.exec.forward import Forward
+from headrace.exec.route import Route
 from headrace.exec.sampling.sampler import Sampler, token_logprobs
 
 _SCORED_AT_ONCE = 64
@@ -84,7 +84,7 @@ class LocalRunner(Runner):
             marks.append(time.perf_counter())
         batches = self._forward.builder.build(plan.rows, tables)
         marks.append(time.perf_counter())
-        route = self._forward.route(plan.rows)
+        route = self._forward.route(plan.rows, tables)
         if route is None:
             hidden = self._forward.loop.run(batches)
         else:

@@ -117,7 +117,7 @@ class Guess:
             row,
             input_ids=ids,
             positions=range(last, last + len(ids)),
-            slot=slot + last - row.positions.start,
+            slot=slot + last - row.positions[0],
             samples=(),
         )
 

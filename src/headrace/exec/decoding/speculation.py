@@ -97,5 +97,5 @@ class Speculation:
 
 
 def _extended(row: PlanRow, chain: Chain) -> PlanRow:
-    positions = range(row.positions.start, row.positions.stop + len(chain.tokens))
+    positions = range(row.positions[0], row.positions[-1] + 1 + len(chain.tokens))
     return replace(row, input_ids=[*row.input_ids, *chain.tokens], positions=positions, samples=())

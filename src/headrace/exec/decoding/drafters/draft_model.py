@@ -76,4 +76,4 @@ class SmallModel(Drafter):
 
     def observe(self, rows: Sequence[PlanRow], accepted: Sequence[int]) -> None:
         for row, count in zip(rows, accepted, strict=True):
-            self._model.forget(row, row.positions.stop + count)
+            self._model.forget(row, row.positions[-1] + 1 + count)

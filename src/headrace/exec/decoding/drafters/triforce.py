@@ -107,7 +107,7 @@ class Hierarchy(Drafter):
 
     def observe(self, rows: Sequence[PlanRow], accepted: Sequence[int]) -> None:
         for row, count in zip(rows, accepted, strict=True):
-            self._small.forget(row, row.positions.stop + count)
+            self._small.forget(row, row.positions[-1] + 1 + count)
 
 
 class RetrievedPages(ChosenPages):

@@ -1,0 +1,55 @@
+"""How many slots each stage has, and what a model must have for stages."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.contracts.cache import LayerState, PlaneSpec, attention_state
+from headrace.contracts.method import ModelFacts
+from headrace.contracts.profile import Profile
+from headrace.contracts.token_pruning import StageSlots
+from tests.engine.hashed_tokens import HashedTokens
+
+ATTENTION = attention_state(1, 8, "float32")
+STATE = LayerState((PlaneSpec("state", "sequence", 2, 8, "float32"),))
+METHOD = HashedTokens(part=8, share=0.5)
+
+
+def test_slots_follow_from_the_parts_of_the_prompt() -> None:
+    ends = METHOD.boundaries(21)
+    assert ends == (8, 16, 21)
+    slots = StageSlots(METHOD, ends)
+    assert [slots.after(0, fed) for fed in (0, 8, 16, 21, 22, 40)] == [0, 8, 16, 21, 22, 40]
+    assert [slots.after(1, fed) for fed in (0, 8, 16, 21, 22, 40)] == [0, 4, 8, 11, 12, 30]
+    assert [slots.after(2, fed) for fed in (0, 8, 16, 21, 22, 40)] == [0, 2, 4, 6, 7, 25]
+    assert slots.parts == [(0, 8), (8, 16), (16, 21)]
+
+
+@pytest.mark.parametrize("prompt", [1, 7, 8, 9, 16])
+def test_the_last_part_ends_with_the_prompt(prompt: int) -> None:
+    ends = METHOD.boundaries(prompt)
+    assert ends[-1] == prompt and list(ends) == sorted(set(ends))
+    assert Profile(methods=(METHOD,)).shared_tokens(prompt) == 0
+
+
+@pytest.mark.parametrize(
+    ("layers", "options", "message"),
+    [
+        ([ATTENTION, STATE], {}, "some here have a recurrent state"),
+        ([ATTENTION, attention_state(1, 8, "float32", 4)], {}, "some here have a window"),
+        ([ATTENTION], {}, "from 1 to 0 for this model, got none"),
+        ([ATTENTION] * 9, {}, "name at most 7, got 8"),
+        ([ATTENTION] * 3, {"causal": False}, "needs a model that generates"),
+        ([ATTENTION] * 3, {"sure_inputs": 7}, "feeds 8 tokens of a prompt in one step"),
+    ],
+)
+def test_models_that_do_not_fit(
+    layers: list[LayerState], options: dict[str, int], message: str
+) -> None:
+    facts = ModelFacts(tuple(layers), 128, 16, **{"causal": True, **options})
+    with pytest.raises(ValueError, match=message):
+        METHOD.check(facts)
+
+
+def test_a_model_that_fits() -> None:
+    METHOD.check(ModelFacts((ATTENTION,) * 3, 128, 16, True, sure_inputs=8))

@@ -1,0 +1,361 @@
+"""Tokens that layers drop: logits are those of transformers, layer by layer, on what is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from headrace import RequestOutput, SamplingParams
+from headrace.contracts.kv_codec import KVCodec
+from headrace.errors import ConfigurationError, InvalidRequestError
+from tests.models.expected import TOLERANCE, Expected, greedy, load, prompt_of
+from tests.support.architectures import CONTEXT, VOCAB
+from tests.support.checkpoints import make_model, save_checkpoint
+from tests.support.logits import LogitsRecorder
+
+LAYERS, BEGINS, SHARES = 6, (2, 4), (0.5, 0.25)
+SPAN, BLOCK, UNIT, PAGE = 32, 4, 2, 4
+NAME = "slim-infer"
+METHOD = f"{NAME}:layers=2+4,keep=0.5+0.25,span={SPAN},block={BLOCK},unit={UNIT}"
+OPTIONS: dict[str, Any] = {"block_size": PAGE, "max_num_seqs": 4, "max_num_batched_tokens": 36}
+
+
+def make_expected(directory: Path) -> Expected:
+    """Deep enough for three stages of two layers."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+    )
+    model = make_model(config)
+    return Expected(model, save_checkpoint(model, directory))
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    return make_expected(tmp_path_factory.mktemp("deep"))
+
+
+def parts_of(prompt: int) -> list[tuple[int, int]]:
+    """Where the parts of a prompt begin and end."""
+    return [(start, min(start + SPAN, prompt)) for start in range(0, prompt, SPAN)]
+
+
+def num_left(tokens: int, share: float) -> int:
+    """Of a part, in a stage."""
+    blocks, rest = divmod(tokens, BLOCK)
+    return min(blocks, max(2, math.ceil(blocks * share))) * BLOCK + rest
+
+
+class PrunedModel:
+    """The layers of transformers one after another, with a list of keys and values for each.
+
+    Of full units in that list, what a codec makes of them is read. ``kept`` are the positions of
+    the tokens that each layer has, ``positions`` those of the inputs of the layer that runs.
+    """
+
+    def __init__(self, expected: Expected, codec: KVCodec | None = None, unit: int = 0) -> None:
+        self.model, self.codec, self.unit = expected.model, codec, unit
+        self.positions = torch.zeros(0, dtype=torch.int64)
+        self.kept = [torch.zeros(0, dtype=torch.int64) for _ in range(LAYERS)]
+        self.coded = [0] * LAYERS
+        heads = self.model.config.num_key_value_heads
+        width = self.model.config.hidden_size // self.model.config.num_attention_heads
+        self.keys = [torch.zeros(heads, 0, width) for _ in range(LAYERS)]
+        self.values = [torch.zeros(heads, 0, width) for _ in range(LAYERS)]
+
+    def attend(self, index: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention makes of inputs, and the probabilities ``[heads, queries, slots]``."""
+        self.positions = positions
+        layer = self.model.model.layers[index].self_attn
+        heads, kv_heads = (
+            self.model.config.num_attention_heads,
+            self.model.config.num_key_value_heads,
+        )
+        q, k, v = (
+            part(hidden).view(len(hidden), count, -1)
+            for part, count in (
+                (layer.q_proj, heads),
+                (layer.k_proj, kv_heads),
+                (layer.v_proj, kv_heads),
+            )
+        )
+        cos, sin = self.model.model.rotary_emb(hidden[None], positions[None])
+
+        def turn(x: Tensor) -> Tensor:
+            low, high = x.chunk(2, dim=-1)
+            return x * cos[0, :, None] + torch.cat((-high, low), -1) * sin[0, :, None]
+
+        self.keys[index] = torch.cat((self.keys[index], turn(k).transpose(0, 1)), 1)
+        self.values[index] = torch.cat((self.values[index], v.transpose(0, 1)), 1)
+        self.kept[index] = torch.cat((self.kept[index], positions))
+        keys, values = (
+            each[index].repeat_interleave(heads // kv_heads, 0) for each in (self.keys, self.values)
+        )
+        scores = turn(q).transpose(0, 1) @ keys.mT * q.shape[-1] ** -0.5
+        future = self.kept[index][None, :] > positions[:, None]
+        weights = scores.masked_fill(future, -math.inf).softmax(-1)
+        return layer.o_proj((weights @ values).transpose(0, 1).flatten(1)), weights
+
+    @torch.inference_mode()
+    def feed(self, tokens: Sequence[int], start: int, pruned: bool) -> Tensor:
+        """Logits ``[n, vocab]`` after the tokens that went through all layers."""
+        positions = torch.arange(start, start + len(tokens))
+        hidden = self.model.model.embed_tokens(torch.tensor(tokens))
+        weights = torch.zeros(0)
+        for index, layer in enumerate(self.model.model.layers):
+            if pruned and index in BEGINS:
+                share = SHARES[BEGINS.index(index)]
+                chosen = self.choose(weights[..., -len(hidden) :], start, len(tokens), share)
+                hidden, positions = hidden[chosen], positions[chosen]
+            mixed, weights = self.attend(index, layer.input_layernorm(hidden), positions)
+            hidden = hidden + mixed
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        self.code()
+        logits: Tensor = self.model.lm_head(self.model.model.norm(hidden))
+        return logits
+
+    @staticmethod
+    def choose(weights: Tensor, start: int, part: int, share: float) -> list[int]:
+        """Places of the tokens that go on: block by block, in plain loops."""
+        tokens = weights.shape[-1]
+        got = weights[:, -BLOCK:].mean((0, 1))
+        blocks = [range(i, i + BLOCK) for i in range(0, tokens - BLOCK + 1, BLOCK)]
+        always = {len(blocks) - 1} | ({0} if start == 0 else set())
+        score = [
+            max(float(got[i : i + UNIT].mean()) for i in range(each.start, each.stop, UNIT))
+            for each in blocks
+        ]
+        order = sorted(range(len(blocks)), key=lambda i: (i not in always, -score[i]))
+        count = num_left(part, share) // BLOCK
+        stay = [place for i in sorted(order[:count]) for place in blocks[i]]
+        return [*stay, *range(len(blocks) * BLOCK, tokens)]
+
+    def code(self) -> None:
+        """Replace full units by what is read of them."""
+        if self.codec is None:
+            return
+        for index in range(LAYERS):
+            while self.coded[index] + self.unit <= self.keys[index].shape[1]:
+                part = slice(self.coded[index], self.coded[index] + self.unit)
+                found = self.codec.encode(self.keys[index][:, part], self.values[index][:, part])
+                near = self.codec.decode({name: each[None] for name, each in found.items()})
+                self.keys[index][:, part], self.values[index][:, part] = near[0][0], near[1][0]
+                self.coded[index] += self.unit
+
+
+def pruned_logits(
+    expected: Expected,
+    output: RequestOutput,
+    index: int = 0,
+    beside: Callable[[PrunedModel], AbstractContextManager[None]] | None = None,
+    **options: Any,
+) -> Tensor:
+    """``[tokens, vocab]``: from what each token of a completion should have been drawn.
+
+    ``beside`` changes the model.
+    """
+    prompt, tokens = output.prompt_token_ids, output.outputs[index].token_ids
+    model = PrunedModel(expected, **options)
+    with nullcontext() if beside is None else beside(model):
+        for start, end in parts_of(len(prompt)):
+            logits = model.feed(prompt[start:end], start, True)
+        rows = [logits[-1]]
+        for place, token in enumerate(tokens[:-1], len(prompt)):
+            rows.append(model.feed([token], place, False)[0])
+    for layer, kept in enumerate(model.kept):
+        stage = sum(begin <= layer for begin in BEGINS)
+        left = [
+            num_left(end - start, SHARES[stage - 1]) if stage else end - start
+            for start, end in parts_of(len(prompt))
+        ]
+        assert len(kept) == sum(left) + len(tokens) - 1
+    return torch.stack(rows)
+
+
+def error_of(
+    expected: Expected, recorder: LogitsRecorder, output: RequestOutput, **options: Any
+) -> float:
+    assert output.error is None
+    return max(
+        float(
+            (recorder.logits(output, i) - pruned_logits(expected, output, i, **options)).abs().max()
+        )
+        for i in range(len(output.outputs))
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reference": True}, {"max_num_batched_tokens": 200}],
+    ids=["fast", "reference", "large steps"],
+)
+def test_logits_on_what_is_left(expected: Expected, options: dict[str, Any]) -> None:
+    """Beside plain requests; what is computed for one does not depend on what shares the steps."""
+    prompts = [prompt_of(length) for length in (75, 21, 7, 50, 32, 97)]
+    choices: list[Any] = [None, None, None, {}, None, None]
+    with load(expected.directory, methods=(METHOD,), **{**OPTIONS, **options}) as llm:
+        recorder = LogitsRecorder(llm)
+        outputs = llm.generate(prompts, greedy(9), methods=choices)
+        llm.engine.check_integrity()
+        assert llm.stats().pages_used == 0
+    for output, choice in zip(outputs, choices, strict=True):
+        plain = (recorder.logits(output) - expected.sampled_logits(output)).abs().max()
+        if choice is None:
+            assert error_of(expected, recorder, output) < TOLERANCE
+            assert (plain > 100 * TOLERANCE) == (len(output.prompt_token_ids) > 7)
+        else:
+            assert plain < TOLERANCE
+    assert any(len({row.is_decode for row in step}) == 2 for step in recorder.steps)
+
+
+def test_plain_rows_compute_bit_for_bit_what_they_compute_alone(expected: Expected) -> None:
+    prompts = [prompt_of(length) for length in (40, 9)]
+    for options, others in (({}, []), ({"reference": True}, [prompt_of(60)])):
+        found = []
+        for methods in ((), (METHOD,)):
+            with load(expected.directory, methods=methods, **OPTIONS, **options) as llm:
+                recorder = LogitsRecorder(llm)
+                choices: list[Any] = [{}, {}, *[None] * len(others)]
+                outputs = llm.generate([*prompts, *others], greedy(6), methods=choices)
+                found.append([recorder.logits(output) for output in outputs[:2]])
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_rows_and_pages_are_fewer(expected: Expected) -> None:
+    prompt = prompt_of(75)
+    counts = [0] * LAYERS
+    with load(expected.directory, methods=(METHOD,), **OPTIONS) as llm:
+        for index, layer in enumerate(llm.engine.runner._forward.loop._model.layers):
+
+            def counted(
+                hidden: Tensor, *rest: Any, inner: Any = layer.feed, at: int = index
+            ) -> Any:
+                counts[at] += len(hidden)
+                return inner(hidden)
+
+            layer.feed = counted
+        llm.generate([prompt], greedy(3))
+        layout = llm.engine.scheduler.accounting.layout
+        peak = llm.stats().pages_peak
+        assert llm.stats().pages_cached == 0
+    left = [75, *(sum(num_left(n, share) for n in (32, 32, 11)) for share in SHARES)]
+    assert left == [75, 43, 27]
+    assert [group.layers for group in layout.groups] == [(0, 1), (2, 3), (4, 5)]
+    assert counts == [count + 2 for count in left for _ in range(2)]
+    assert peak == sum(layout.pages_for(count + 2) for count in left)
+
+
+def test_completions_of_one_prompt(expected: Expected) -> None:
+    params = SamplingParams(n=4, seed=0, max_tokens=9, ignore_eos=True, detokenize=False)
+    for rows in (4, 2):
+        options = {**OPTIONS, "max_num_seqs": rows}
+        with load(expected.directory, methods=(METHOD,), **options) as llm:
+            recorder = LogitsRecorder(llm)
+            [output] = llm.generate([prompt_of(41)], params)
+            llm.engine.check_integrity()
+            assert llm.stats().pages_used == 0
+        assert len({tuple(each.token_ids) for each in output.outputs}) > 1
+        assert error_of(expected, recorder, output) < TOLERANCE
+
+
+def test_preempted_sequences_come_out_the_same(expected: Expected) -> None:
+    prompts = [prompt_of(40, seed) for seed in range(4)]
+    options = {**OPTIONS, "reference": True, "methods": (METHOD,)}
+    with load(expected.directory, **options) as llm:
+        alone = [llm.generate([prompt], greedy(40, logprobs=1))[0] for prompt in prompts]
+    memory = expected.cache_bytes(90)
+    with load(expected.directory, kv_cache_memory_bytes=memory, **options) as llm:
+        together = llm.generate(prompts, greedy(40, logprobs=1))
+        assert llm.stats().preemptions > 0
+        assert llm.stats().pages_used == 0
+        llm.engine.check_integrity()
+    for one, other in zip(alone, together, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert one.outputs[0].logprobs == other.outputs[0].logprobs
+
+
+def test_nothing_is_shared_and_requests_choose(expected: Expected) -> None:
+    """Plain requests share their prefixes as ever."""
+    prompt = prompt_of(50)
+    with load(expected.directory, methods=(METHOD,), **OPTIONS) as llm:
+        recorder = LogitsRecorder(llm)
+        choices: list[Any] = [{}, {}, None, None, {NAME: {"keep": "1+1"}}]
+        outputs = [llm.generate([prompt], greedy(4), methods=choice)[0] for choice in choices]
+        with pytest.raises(InvalidRequestError, match="keep: give a share for each of the layers"):
+            llm.generate([prompt], greedy(4), methods={NAME: {"keep": "0.5"}})
+    cached = [each.metrics.num_cached_tokens for each in outputs if each.metrics]
+    assert cached == [0, 48, 0, 0, 0]
+    assert error_of(expected, recorder, outputs[3]) < TOLERANCE
+    for output in (outputs[1], outputs[4]):
+        assert (recorder.logits(output) - expected.sampled_logits(output)).abs().max() < TOLERANCE
+
+
+def test_what_needs_all_tokens_is_refused(expected: Expected) -> None:
+    with load(expected.directory, methods=(METHOD,), **OPTIONS) as llm:
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        with pytest.raises(InvalidRequestError, match="slim-infer drops tokens of the prompt"):
+            llm.generate([prompt_of(20)], params)
+        assert llm.generate([prompt_of(20)], params, methods={})[0].prompt_logprobs
+        profile = llm.methods.methods
+        assert profile
+        embedded = llm.embed([prompt_of(40)], methods={})
+        assert embedded[0].embedding is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("layers=3", "keep: give a share for each of the layers 3"),
+        ("layers=4+2", "layers must be ascending, from 1 to 5 for this model, got 4, 2"),
+        ("layers=0+2", "layers must be ascending, from 1 to 5 for this model, got 0, 2"),
+        ("layers=2+6", "layers must be ascending, from 1 to 5 for this model, got 2, 6"),
+        ("layers=a+b", "layers: give numbers"),
+        ("keep=0.2+0.4", "keep: shares must descend"),
+        ("keep=1.2+0.4", "keep: shares must descend"),
+        ("keep=0.5+0", "keep: shares must descend"),
+        ("block=6,unit=4", "block must be a multiple of unit"),
+        ("span=100", "span must be a multiple of block"),
+        ("span=64", "64 tokens of a prompt in one step, in which a sequence is sure of 33;"),
+    ],
+)
+def test_options_that_do_not_fit(expected: Expected, options: str, message: str) -> None:
+    method = f"{NAME}:{options}" if "span" in options else f"{NAME}:span=32,block=16,{options}"
+    if "block=" in options:
+        method = f"{NAME}:{options},span=24"
+    with pytest.raises(ConfigurationError, match=message):
+        load(expected.directory, methods=(method,), **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "gpt2", "qwen3_moe", "smollm3"])
+def test_other_architectures(expectations: Callable[[str], Expected], name: str) -> None:
+    """Latents, learned positions, experts, layers without positions: the same one token at a time
+    as all together, and not what the model says of the whole prompt.
+    """
+    expected = expectations(name)
+    layers = expected.model.config.num_hidden_layers
+    method = f"{NAME}:layers={layers // 2},keep=0.3,span=32,block=4,unit=2"
+    prompts = [prompt_of(length) for length in (75, 30)]
+    found = []
+    for reference in (False, True):
+        options = {**OPTIONS, "reference": reference, "methods": (method,)}
+        with load(expected.directory, **options) as llm:
+            recorder = LogitsRecorder(llm)
+            outputs = llm.generate(prompts, greedy(5))
+            llm.engine.check_integrity()
+        found.append([recorder.logits(output) for output in outputs])
+    for output, fast, slow in zip(outputs, *found, strict=True):
+        assert (fast - slow).abs().max() < TOLERANCE
+        assert (fast - expected.sampled_logits(output)).abs().max() > 100 * TOLERANCE
