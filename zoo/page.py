@@ -74,12 +74,13 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(prog="python -m zoo.page", description=__doc__)
     parser.add_argument("--suite", default="full")
+    parser.add_argument("--record", type=Path, help="directory from which evaluations go on")
     options = parser.parse_args()
     parts = [HEAD + "\n".join(training_rows()) + "\n", SCORES]
     for name in EVALUATED:
         command = f"zoo/models/{name} --suite {options.suite}"
         model = {"model": str(MODELS / name)}
-        result = run_evaluation(model, options.suite, None, 0, None, None)
+        result = run_evaluation(model, options.suite, None, 0, None, options.record)
         parts.append(f"\n### {name}\n\n" + markdown(result, command))
     found = acceptance.measure(MODELS / "base", MODELS / "draft")
     parts.append(

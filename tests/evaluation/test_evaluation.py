@@ -115,6 +115,18 @@ def test_a_record_of_something_else_is_refused(tmp_path: Path) -> None:
         Evaluation(SMALL, PLAIN, None, record)
 
 
+def test_a_model_that_changed_is_another_one(tmp_path: Path) -> None:
+    model, record = tmp_path / "model", tmp_path / "record.jsonl"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    subject = Subject("changing", {"model": str(model)})
+    Evaluation(SMALL, subject, None, record)._keep("text", {})
+    Evaluation(SMALL, subject, None, record)
+    (model / "config.json").write_text('{"a": 1}')
+    with pytest.raises(ConfigurationError, match="or of a model that has changed since"):
+        Evaluation(SMALL, subject, None, record)
+
+
 def test_tasks_longer_than_the_context_are_skipped() -> None:
     short = Subject("short", {**OPTIONS, "max_model_len": 200})
     found = Evaluation(SMALL, short, None).run()

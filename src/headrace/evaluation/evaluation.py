@@ -46,6 +46,15 @@ class Subject:
         """Load it."""
         return LLM(**self.options)
 
+    def files(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of change of each file of a local model, which tell it from what
+        will be at its place when it has been trained anew.
+        """
+        model = Path(self.options.get("model") or "")
+        found = sorted(model.iterdir()) if model.is_dir() and model.name else []
+        states = [(file.name, file.stat()) for file in found]
+        return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+
 
 class Evaluation:
     """Puts a suite to a subject and keeps every part as soon as it is done.
@@ -73,7 +82,8 @@ class Evaluation:
         self._record, self._seed = record, seed
         self._notify = notify or (lambda done, total, name: None)
         self._parts: dict[str, Any] = {}
-        identity = [suite.name, subject.options, reference and reference.options, seed]
+        subjects = [(each.options, each.files()) for each in (subject, reference) if each]
+        identity = [suite.name, subjects, seed]
         text = json.dumps(identity, sort_keys=True, default=str)
         self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
         if record is not None and record.exists():
@@ -89,7 +99,8 @@ class Evaluation:
             entry = json.loads(line)
             if entry["identity"] != self._identity:
                 raise ConfigurationError(
-                    f"{record} is of another evaluation; remove it or name another file"
+                    f"{record} is of another evaluation, or of a model that has changed since; "
+                    "remove it or name another file"
                 )
             self._parts[entry["part"]] = entry["result"]
 
