@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.cli.evaluate import markdown, run_evaluation
-from zoo import acceptance, selection
+from zoo import acceptance, selection, trust
 from zoo.recipe import MODELS
 
 PAGE = Path(__file__).parents[1] / "docs" / "zoo.md"
@@ -96,6 +96,11 @@ def main() -> None:
         "\n## Several attempts\n\nOf reason, at temperature 0.8 (`python -m zoo.selection`).\n\n"
         + "\n".join(selection_rows(rows))
         + "\n"
+    )
+    parts.append(
+        "\n## What the evaluation notices\n\n`python -m zoo.trust` compares configurations that "
+        "are broken on purpose, and an engine with itself.\n\n"
+        + trust.report(trust.broken_cases(), trust.self_comparisons())
     )
     PAGE.write_text("".join(parts), encoding="utf-8")
 
