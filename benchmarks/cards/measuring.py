@@ -133,19 +133,15 @@ def fresh_prompts(llm: LLM, count: int, length: int) -> Callable[[int], list[lis
 def watched(
     llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, choice: Choice | None
 ) -> Iterator[tuple[EngineStats, int]]:
-    """The engine's figures after every step, and how many requests have begun to generate."""
+    """The engine's figures after every step, and how many requests it gave tokens to."""
     profile = Profile(llm.methods.choose(choice))
     for number, prompt in enumerate(prompts):
         llm.engine.add_request(f"watched-{number}", prompt, params, profile=profile)
-    generating: set[str] = set()
     while llm.engine.has_unfinished_requests:
-        for update in llm.engine.step():
-            assert update.error is None, update.error
-            if update.request_finished:
-                generating.discard(update.request_id)
-            elif update.token_ids:
-                generating.add(update.request_id)
-        yield llm.stats(), len(generating)
+        updates = llm.engine.step()
+        failed = [update.error for update in updates if update.error is not None]
+        assert not failed, failed[0]
+        yield llm.stats(), len({update.request_id for update in updates if update.token_ids})
 
 
 def timed_rows(

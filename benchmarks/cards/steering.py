@@ -24,7 +24,7 @@ from cards.measuring import (
     timed_rows,
     trained,
 )
-from cards.quality import Side, compare_tasks, open_plain
+from cards.quality import Side, code_prompts, compare_tasks, open_plain
 from headrace import LLM, SamplingParams
 from headrace.evaluation.held_out import held_out_texts
 from headrace.evaluation.measured import PLAIN, Measurement
@@ -161,9 +161,9 @@ def recording(setup: Setup) -> Rows:
     """Whether what is recorded from generates the same."""
     model, label = trained("base")
     side = Side("activation-recorder")
-    count, tokens = setup.of((50, 64), (4, 8))
+    count, tokens = setup.of((8, 64), (1, 4))
     with side.open(model, reference=True) as llm:
-        contexts = [ids for ids, _ in beginnings(llm, count, slice(None), 2)]
+        contexts = code_prompts(llm, count, 64)
         pair = [
             llm.generate(contexts, greedy(tokens), methods=choice, use_tqdm=False)
             for choice in ({}, None)
@@ -178,7 +178,7 @@ def recording(setup: Setup) -> Rows:
         mean_estimate(same),
         f"{len(same):,} tokens",
         beside={PLAIN: 1.0},
-        model=label,
+        model=f"{label}, reference mode",
         options=side.options,
     )
     return {side.name: [row]}
