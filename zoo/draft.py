@@ -2,7 +2,7 @@
 
 import sys
 
-from zoo.base import TOKEN_BUDGET, make_data
+from zoo.base import DECAY, TOKEN_BUDGET, make_data
 from zoo.model import ModelConfig
 from zoo.recipe import Recipe, run
 from zoo.train import TrainConfig
@@ -17,7 +17,7 @@ RECIPE = Recipe(
         num_key_value_heads=1,
         intermediate_size=256,
     ),
-    TrainConfig(token_budget=TOKEN_BUDGET, induction=True),
+    TrainConfig(token_budget=TOKEN_BUDGET, induction=True, decay=DECAY),
     make_data,
 )
 

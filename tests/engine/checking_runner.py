@@ -13,7 +13,7 @@ import numpy.typing as npt
 from headrace.contracts.drafting import DraftMethod
 from headrace.contracts.gang import gang_method
 from headrace.contracts.kv_policy import SealedPages
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 from headrace.contracts.outputs import TokenLogprobs
 from headrace.contracts.profile import Profile
 from headrace.contracts.slot_policy import CompactionSchedule
@@ -72,9 +72,7 @@ class Guessing(DraftMethod):
         always: without regard to what it gains.
     """
 
-    card: ClassVar[MethodCard] = MethodCard(
-        "", "Guesses.", "exact", breaks=frozenset({Property.FED_TOKENS_STAY})
-    )
+    card: ClassVar[MethodCard] = MethodCard("", "Guesses.", "exact")
     length: int = 3
     always: bool = True
 

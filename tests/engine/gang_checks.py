@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from headrace.contracts.gang import GangMethod, gang_method
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 from headrace.contracts.step import Segment
 from headrace.engine.sequence import Sequence, Status
 
@@ -20,8 +20,6 @@ class SeesPrevious(GangMethod):
         "",
         "",
         "lossy",
-        requires=frozenset({Property.OWN_CONTEXT, Property.FED_TOKENS_STAY}),
-        breaks=frozenset({Property.OWN_CONTEXT}),
     )
 
     def seen_blocks(self, viewer: int, count: int) -> SequenceOf[int]:

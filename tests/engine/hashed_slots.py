@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 from headrace.contracts.slot_policy import CompactionSchedule, SlotPolicy
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ class HashedSlots(SlotPolicy):
         title="",
         summary="Keeps slots by their hash.",
         guarantee="lossy",
-        requires=frozenset({Property.TOKEN_ORDER, Property.FED_TOKENS_STAY}),
-        breaks=frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST}),
     )
 
     budget: int = 4

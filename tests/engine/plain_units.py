@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from headrace.contracts.kv_codec import CodedPart, KVCodec
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +21,6 @@ class PlainUnits(KVCodec):
         title="",
         summary="Changes nothing.",
         guarantee="exact",
-        requires=frozenset({Property.PLAIN_ENTRIES, Property.FED_TOKENS_STAY}),
-        breaks=frozenset({Property.PLAIN_ENTRIES}),
     )
 
     blocks: int = 3

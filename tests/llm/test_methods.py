@@ -58,7 +58,7 @@ def test_every_method_is_found_and_described() -> None:
         kind = find_method(name)
         assert kind.name() == name
         assert kind.card.summary and kind.card.guarantee in ("exact", "distribution", "lossy")
-        assert kind.card.preserves | kind.card.breaks == frozenset(Property)
+        assert not kind.preserves() & kind.breaks()
 
 
 def test_names_and_options() -> None:
@@ -106,6 +106,48 @@ def test_pairs_are_refused_with_the_reason() -> None:
     )
     with pytest.raises(ConfigurationError, match="random-eviction is chosen twice"):
         MethodSet([RandomEviction(), RandomEviction(0.5)], FACTS)
+
+
+def pair_conflict(*names: str) -> str | None:
+    """What two methods say of each other, whatever their options."""
+    return conflict([object.__new__(find_method(name)) for name in names])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("inference-time-intervention", "triforce"),
+        ("inference-time-intervention", "scissorhands"),
+        ("inference-time-intervention", "gear"),
+        ("inference-time-intervention", "hogwild-inference"),
+        ("inference-time-intervention", "early-exit"),
+        ("inference-time-intervention", "flexgen"),
+        ("core-infer", "gear"),
+        ("core-infer", "hogwild-inference"),
+        ("core-infer", "draft-model"),
+        ("flexgen", "random-eviction"),
+    ],
+)
+def test_pairs_that_go_together(first: str, second: str) -> None:
+    assert pair_conflict(first, second) is None
+    assert pair_conflict(second, first) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "reason"),
+    [
+        ("gear", "hogwild-inference", "stored as attention computes with them"),
+        ("kivi", "gear", "stored as attention computes with them"),
+        ("scissorhands", "hogwild-inference", "slots hold the tokens in their order"),
+        ("random-eviction", "hogwild-inference", "the cache holds every token of the past"),
+        ("gear", "draft-model", "a token that is fed belongs to its sequence"),
+        ("early-exit", "triforce", "every token goes through all layers"),
+        ("flexgen", "core-infer", "weights and KV pages stay where they are"),
+    ],
+)
+def test_pairs_that_would_be_wrong(first: str, second: str, reason: str) -> None:
+    for pair in ((first, second), (second, first)):
+        assert reason in (pair_conflict(*pair) or "")
 
 
 def test_a_model_that_lacks_what_is_needed_is_refused() -> None:

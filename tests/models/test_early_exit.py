@@ -31,9 +31,8 @@ METHOD = f"{NAME}:layers=2+4,defer={DEFER}"
 Map = Callable[[Tensor], Tensor]
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    """Deep enough for two exits with a layer between them and behind each."""
+def save_deep(directory: Path) -> Expected:
+    """A model deep enough for two exits with a layer between them and behind each."""
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
@@ -44,7 +43,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
         max_position_embeddings=CONTEXT,
     )
     model = make_model(config)
-    return Expected(model, save_checkpoint(model, tmp_path_factory.mktemp("deep")))
+    return Expected(model, save_checkpoint(model, directory))
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    return save_deep(tmp_path_factory.mktemp("deep"))
 
 
 def streams(expected: Expected, tokens: list[int]) -> tuple[Tensor, ...]:
@@ -62,7 +66,11 @@ def exit_logits(expected: Expected, hidden: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def threshold(expected: Expected) -> float:
-    """So that about half of the tokens leave at the first exit."""
+    return middle_threshold(expected)
+
+
+def middle_threshold(expected: Expected) -> float:
+    """About half of the tokens leave at the first exit with it."""
     entering = streams(expected, prompt_of(200))[EXITS[0]]
     probabilities = exit_logits(expected, entering).softmax(-1)
     return float(CONFIDENCE["probability"](probabilities).median())

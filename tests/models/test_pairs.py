@@ -17,6 +17,8 @@ from headrace.errors import ConfigurationError
 from headrace.methods import find_method, known_methods
 from tests.models.drafting import accepted, save_similar
 from tests.models.expected import Expected, greedy, load, prompt_of
+from tests.models.test_early_exit import METHOD as EARLY_EXIT
+from tests.models.test_early_exit import check, middle_threshold, save_deep
 from tests.models.test_kv_codecs import GEAR, coded_logits
 from tests.models.test_kv_codecs import TOLERANCE as CODED_TOLERANCE
 from tests.models.test_neurons import chosen_neurons
@@ -36,12 +38,22 @@ def expected(expectations: Callable[[str], Expected]) -> Expected:
 
 @pytest.fixture(scope="module")
 def direction(expected: Expected) -> Tensor:
+    return direction_for(expected)
+
+
+def direction_for(expected: Expected) -> Tensor:
+    """Any direction in the heads of a model."""
     return torch.randn(attention_shape(expected), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
 def steering(direction: Tensor, tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("vectors") / "direction.safetensors"
+    return steering_by(direction, tmp_path_factory.mktemp("vectors"))
+
+
+def steering_by(direction: Tensor, directory: Path) -> str:
+    """The method and its options; the direction is written to the directory."""
+    file = directory / "direction.safetensors"
     save_file({"direction": direction}, file)
     return f"inference-time-intervention:vectors={file},strength=0.5"
 
@@ -141,6 +153,50 @@ def test_guesses_of_steered_requests(
         best = expected.logits(tokens)[len(output.prompt_token_ids) - 1 : -1].argmax(-1)
     assert best.tolist() == output.outputs[0].token_ids
     assert best.tolist() != alone[2].outputs[0].token_ids
+
+
+def test_exits_of_steered_requests(tmp_path: Path) -> None:
+    deep = save_deep(tmp_path / "deep")
+    direction, threshold = direction_for(deep), middle_threshold(deep)
+    methods = (f"{EARLY_EXIT},threshold={threshold}", steering_by(direction, tmp_path))
+    prompts = [prompt_of(length) for length in (40, 9, 30)]
+    choices: list[Any] = [None, {"early-exit": {}}, {}]
+    with load(deep.directory, methods=methods, **OPTIONS) as llm:
+        recorder = LogitsRecorder(llm)
+        outputs = llm.generate(prompts, greedy(24), methods=choices)
+        llm.engine.check_integrity()
+    left = 0
+    for output, choice in zip(outputs, choices, strict=True):
+        with ExitStack() as stack:
+            if choice is None:
+                prompt = len(output.prompt_token_ids)
+                stack.enter_context(steered(deep, direction, 0.5, prompt))
+            depths = check(deep, recorder, output, 2.0 if choice == {} else threshold)
+        left += min(depths) < len(deep.model.model.layers)
+    assert left == 2
+
+
+def test_exact_methods_change_nothing_of_others(
+    expected: Expected, steering: str, tmp_path: Path
+) -> None:
+    """Guesses and placement leave what a lossy method computes as it was, bit for bit."""
+    guesses = f"draft-model:model={save_similar(tmp_path)},adaptive=false"
+    placement = f"flexgen:memory=1200KiB,directory={tmp_path}"
+    neurons = "core-infer:keep=0.3,core=0.25"
+    options = {"reference": True, "block_size": 4, "max_num_batched_tokens": 16}
+    prompts = [prompt_of(length) for length in (50, 9, 30)]
+    for lossy, exact in (
+        (neurons, guesses),
+        ("random-eviction:keep=0.5", placement),
+        (steering, placement),
+    ):
+        found = []
+        for methods in ((lossy,), (lossy, exact)):
+            with load(expected.directory, methods=methods, **options) as llm:
+                outputs = llm.generate(prompts, greedy(18, logprobs=1))
+                llm.engine.check_integrity()
+            found.append([(o.outputs[0].token_ids, o.outputs[0].logprobs) for o in outputs])
+        assert found[0] == found[1], exact
 
 
 def test_every_pair_composes_or_is_refused_with_a_reason() -> None:

@@ -11,7 +11,16 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.support.architectures import CONTEXT, EXPERTS, LATENT, ROPE, VOCAB, WINDOW, YARN
+from tests.support.architectures import (
+    ARCHITECTURES,
+    CONTEXT,
+    EXPERTS,
+    LATENT,
+    ROPE,
+    VOCAB,
+    WINDOW,
+    YARN,
+)
 from tests.support.architectures import SIZES as ARCHITECTURE_SIZES
 
 SIZES = {**ARCHITECTURE_SIZES, "rms_norm_eps": 1e-5}
@@ -26,6 +35,13 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+def _precise(name: str) -> transformers.PreTrainedConfig:
+    """A configuration of the other tests, with an epsilon that a converter keeps exactly."""
+    config = ARCHITECTURES[name]()
+    config.rms_norm_eps = SIZES["rms_norm_eps"]
+    return config
 
 
 def _gemma3() -> transformers.PreTrainedConfig:
@@ -66,13 +82,7 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "llama-biases": lambda: transformers.LlamaConfig(
         **SIZES, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3
     ),
-    "mixtral": lambda: transformers.MixtralConfig(
-        **SIZES,
-        num_local_experts=5,
-        num_experts_per_tok=2,
-        sliding_window=None,
-        rope_parameters=ROPE,
-    ),
+    "mixtral": lambda: _precise("mixtral"),
     "smollm3": lambda: transformers.SmolLM3Config(
         **{**SIZES, "num_hidden_layers": 4}, no_rope_layers=[1, 1, 1, 0], rope_parameters=ROPE
     ),
@@ -84,9 +94,7 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         **SIZES, rope_parameters=ROPE, shared_expert_intermediate_size=40, **EXPERTS
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=24, rope_parameters=ROPE),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
-        **SIZES, head_dim=24, rope_parameters=ROPE, norm_topk_prob=True, **EXPERTS
-    ),
+    "qwen3_moe": lambda: _precise("qwen3_moe"),
     "gemma2": lambda: transformers.Gemma2Config(
         **{**SIZES, "num_hidden_layers": 3},
         head_dim=24,
@@ -97,23 +105,8 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         rope_parameters=ROPE,
     ),
     "gemma3_text": _gemma3,
-    "phi3": lambda: transformers.Phi3Config(
-        **SIZES,
-        sliding_window=WINDOW,
-        rope_parameters={**ROPE, "partial_rotary_factor": 0.75},
-    ),
-    "phi3-longrope": lambda: transformers.Phi3Config(
-        **SIZES,
-        original_max_position_embeddings=16,
-        rope_parameters={
-            "rope_type": "longrope",
-            "rope_theta": 500.0,
-            "partial_rotary_factor": 0.75,
-            "original_max_position_embeddings": 16,
-            "short_factor": [1.0, 1.1, 1.3, 1.5, 1.7, 2.0],
-            "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
-        },
-    ),
+    "phi3": lambda: _precise("phi3"),
+    "phi3-longrope": lambda: _precise("phi3-longrope"),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=CONTEXT
     ),

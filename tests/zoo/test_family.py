@@ -20,6 +20,7 @@ from headrace.evaluation.tasks.arithmetic import Arithmetic
 from headrace.evaluation.tasks.recall import MultiKey, Needle, Recall
 from zoo import base, draft, long, reason, verifier
 from zoo import recipe as recipes
+from zoo.combined import InTurn, SideBySide
 from zoo.data import Phase
 from zoo.generated import (
     ConversationRows,
@@ -34,7 +35,7 @@ from zoo.recipe import Recipe, run
 from zoo.round_weights import round_checkpoint, round_weight
 from zoo.selection import majority
 from zoo.tokenizer import load_tokenizer
-from zoo.train import TrainConfig
+from zoo.train import TrainConfig, learning_rate_scale
 from zoo.verifier import Attempt, JudgementRows
 
 LIMIT = 40 << 20
@@ -162,6 +163,35 @@ def test_first_logits_are_moderate(deviation: float) -> None:
     logits = model(torch.arange(64)[None])
     assert logits.std().item() < 2
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(deviation, rel=0.02)
+
+
+def test_data_after_and_beside_each_other(tokenizer: Tokenizer) -> None:
+    phases = (Phase(1.0, 64),)
+
+    def data(steps: int, rows: int, seed: int) -> GeneratedData:
+        maker = ConversationRows(tokenizer, [Share(Arithmetic(), "2", 1)])
+        return GeneratedData(maker, phases, steps * rows * 64, rows * 64, seed)
+
+    first, second, third = data(2, 4, 0), data(3, 3, 1), data(4, 1, 2)
+    both = InTurn([first, SideBySide([second, third])])
+    assert both.steps == 5
+    for place in (0, 1):
+        assert np.array_equal(both.batch(1)[place], first.batch(1)[place])
+        beside = both.batch(4)[place]
+        assert np.array_equal(beside[:3], second.batch(2)[place])
+        assert np.array_equal(beside[3:], third.batch(2)[place])
+    for step in (-1, 5):
+        with pytest.raises(IndexError, match=f"step {step} is not one of 5"):
+            both.batch(step)
+    others = [InTurn([first, second]), InTurn([second, first]), SideBySide([first, second])]
+    assert len({both.digest(), *(other.digest() for other in others)}) == 4
+
+
+def test_rates_rise_once_more_for_problems() -> None:
+    steps, config = 1464, base.RECIPE.training
+    scales = [learning_rate_scale(step, steps, config) for step in range(steps)]
+    assert scales[1219] < 0.01 and scales[1220] == 0.6 and scales[-1] < 0.01
+    assert base.make_data is draft.RECIPE.make_data and draft.RECIPE.training == config
 
 
 @pytest.fixture

@@ -38,8 +38,12 @@ def methods(name: Annotated[str | None, Name] = None, as_json: Json = False) -> 
 def describe(kind: type[Method]) -> dict[str, Any]:
     """A card as JSON."""
     card = asdict(kind.card)
-    for field in ("requires", "breaks"):
-        card[field] = sorted(each.name for each in card[field])
+    properties = {
+        "requires": kind.requires(),
+        "breaks": kind.breaks(),
+        "preserves": kind.preserves(),
+    }
+    card |= {name: sorted(each.name for each in found) for name, found in properties.items()}
     options = {row[0]: {"default": row[1], "meaning": row[3]} for row in option_rows(kind)}
     return {"name": kind.name(), **card, "options": options}
 
@@ -63,8 +67,9 @@ def card_tables(kind: type[Method]) -> list[Table]:
     facts = [
         ("paper", card.title or "none"),
         ("results", card.guarantee),
-        ("needs that", "; ".join(sorted(each.value for each in card.requires)) or "nothing"),
-        ("breaks that", "; ".join(sorted(each.value for each in card.breaks)) or "nothing"),
+        ("needs that", "; ".join(sorted(each.value for each in kind.requires())) or "nothing"),
+        ("breaks that", "; ".join(sorted(each.value for each in kind.breaks())) or "nothing"),
+        ("preserves that", "; ".join(sorted(each.value for each in kind.preserves()))),
         ("chosen by", "the engine" if card.request_options is None else "the engine, requests"),
     ]
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from headrace.contracts.method import Method, ModelFacts
+from headrace.contracts.method import Method, ModelFacts, Property
 
 
 class DraftMethod(Method):
@@ -15,6 +15,15 @@ class DraftMethod(Method):
     """
 
     __slots__ = ()
+    kind_requires = frozenset(
+        {
+            Property.WHOLE_PAST,
+            Property.FULL_DEPTH,
+            Property.FED_TOKENS_STAY,
+            Property.IN_MEMORY,
+        }
+    )
+    kind_breaks = frozenset({Property.FED_TOKENS_STAY})
 
     def check(self, model: ModelFacts) -> None:
         """It needs a model that draws tokens, and from whose cache the last ones can be taken."""

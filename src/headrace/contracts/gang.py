@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
-from headrace.contracts.method import Method, ModelFacts, of_kind
+from headrace.contracts.method import Method, ModelFacts, Property, of_kind
 
 
 class GangMethod(Method):
@@ -23,6 +23,18 @@ class GangMethod(Method):
     """
 
     __slots__ = ()
+    kind_requires = frozenset(
+        {
+            Property.PLAIN_ENTRIES,
+            Property.TOKEN_ORDER,
+            Property.WHOLE_PAST,
+            Property.OWN_CONTEXT,
+            Property.FULL_DEPTH,
+            Property.FED_TOKENS_STAY,
+            Property.IN_MEMORY,
+        }
+    )
+    kind_breaks = frozenset({Property.OWN_CONTEXT})
 
     def check(self, model: ModelFacts) -> None:
         """It needs layers that keep keys and values of all tokens, and rotary positions."""

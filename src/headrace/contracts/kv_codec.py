@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from headrace.contracts.cache import ALIGNMENT, ITEM_BYTES, CacheLayout, layout_of
-from headrace.contracts.method import Method, ModelFacts
+from headrace.contracts.method import Method, ModelFacts, Property
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,17 @@ class KVCodec(Method):
     """
 
     __slots__ = ()
+    kind_requires = frozenset(
+        {
+            Property.PLAIN_ENTRIES,
+            Property.TOKEN_ORDER,
+            Property.WHOLE_PAST,
+            Property.FULL_DEPTH,
+            Property.FED_TOKENS_STAY,
+            Property.IN_MEMORY,
+        }
+    )
+    kind_breaks = frozenset({Property.PLAIN_ENTRIES})
 
     def check(self, model: ModelFacts) -> None:
         """It needs a model that generates, of whose tokens every layer keeps keys and values."""

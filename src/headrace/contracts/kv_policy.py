@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headrace.contracts.method import Method, ModelFacts
+from headrace.contracts.method import Method, ModelFacts, Property
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,16 @@ class KVPolicy(Method):
     """
 
     __slots__ = ()
+    kind_requires = frozenset(
+        {
+            Property.PLAIN_ENTRIES,
+            Property.TOKEN_ORDER,
+            Property.WHOLE_PAST,
+            Property.FULL_DEPTH,
+            Property.FED_TOKENS_STAY,
+        }
+    )
+    kind_breaks = frozenset({Property.WHOLE_PAST})
 
     def check(self, model: ModelFacts) -> None:
         """It needs a model that generates, whose layers keep all of their KV."""

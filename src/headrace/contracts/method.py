@@ -40,7 +40,7 @@ class MethodCard:
         title: of its paper; empty if it has none.
         summary: what it does, in a sentence.
         guarantee: of its results.
-        requires, breaks: properties. The others it preserves.
+        requires, breaks: properties, beside those of its kind.
         request_options: options that a request may set for itself; ``None``: it is the engine's,
             and no request can be without it.
     """
@@ -51,11 +51,6 @@ class MethodCard:
     requires: frozenset[Property] = frozenset()
     breaks: frozenset[Property] = frozenset()
     request_options: tuple[str, ...] | None = ()
-
-    @property
-    def preserves(self) -> frozenset[Property]:
-        """What it leaves as it is."""
-        return frozenset(Property) - self.breaks
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +82,9 @@ class Method(ABC):
 
     __slots__ = ()
     card: ClassVar[MethodCard]
+    kind_requires: ClassVar[frozenset[Property]] = frozenset()
+    kind_breaks: ClassVar[frozenset[Property]] = frozenset()
+    """What the way in which its kind works requires and breaks, whatever the method does by it."""
     needs_all_inputs: ClassVar[bool] = False
     """Whether it has to see every input of a request: none is left out since its KV is known."""
     takes_adapters: ClassVar[bool] = True
@@ -96,6 +94,21 @@ class Method(ABC):
     def name(cls) -> str:
         """As it is chosen: that of its file."""
         return cls.__module__.rpartition(".")[2].replace("_", "-")
+
+    @classmethod
+    def requires(cls) -> frozenset[Property]:
+        """Properties that it needs."""
+        return cls.card.requires.union(*(vars(kind).get("kind_requires", ()) for kind in cls.mro()))
+
+    @classmethod
+    def breaks(cls) -> frozenset[Property]:
+        """Properties that others cannot rely on beside it."""
+        return cls.card.breaks.union(*(vars(kind).get("kind_breaks", ()) for kind in cls.mro()))
+
+    @classmethod
+    def preserves(cls) -> frozenset[Property]:
+        """Properties that it leaves as they are."""
+        return frozenset(Property) - cls.breaks()
 
     def check(self, model: ModelFacts) -> None:
         """Raise ValueError if the model lacks what it needs, saying what."""
@@ -125,12 +138,14 @@ def of_kind(methods: Sequence[Method], kind: type[Kind]) -> list[Kind]:
 
 def conflict(methods: Sequence[Method]) -> str | None:
     """Why these methods do not go together; ``None`` if they do."""
+    names = [method.name() for method in methods]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        return f"{twice} is chosen twice"
     for breaker in methods:
         for other in methods:
-            broken = breaker.card.breaks & other.card.requires
+            broken = breaker.breaks() & other.requires()
             if other is not breaker and broken:
                 reason = min(each.value for each in broken)
                 return f"{other.name()} needs that {reason}, which {breaker.name()} breaks"
-    names = [method.name() for method in methods]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    return None if twice is None else f"{twice} is chosen twice"
+    return None

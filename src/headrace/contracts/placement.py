@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from headrace.contracts.cache import CacheLayout
-from headrace.contracts.method import Method
+from headrace.contracts.method import Method, Property
 from headrace.contracts.step import PlanRow
 from headrace.disk import align
 
@@ -119,6 +119,12 @@ class PlacementMethod(Method):
     """
 
     __slots__ = ()
+    kind_requires = frozenset(
+        {
+            Property.IN_MEMORY,
+        }
+    )
+    kind_breaks = frozenset({Property.IN_MEMORY})
     directory: str
     direct: bool
     overlap: bool

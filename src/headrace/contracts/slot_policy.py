@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from headrace.contracts.method import Method, ModelFacts
+from headrace.contracts.method import Method, ModelFacts, Property
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +70,17 @@ class SlotPolicy(Method):
     """
 
     __slots__ = ()
+    kind_requires = frozenset(
+        {
+            Property.PLAIN_ENTRIES,
+            Property.TOKEN_ORDER,
+            Property.WHOLE_PAST,
+            Property.FULL_DEPTH,
+            Property.FED_TOKENS_STAY,
+            Property.IN_MEMORY,
+        }
+    )
+    kind_breaks = frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST})
 
     def check(self, model: ModelFacts) -> None:
         """It needs a model that generates, whose layers keep all of their KV."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headrace.contracts.cache import PlaneSpec
-from headrace.contracts.method import Method, ModelFacts, of_kind
+from headrace.contracts.method import Method, ModelFacts, Property, of_kind
 from headrace.contracts.step import PlanRow
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
@@ -39,6 +39,13 @@ class DepthMethod(Method):
     """
 
     __slots__ = ()
+    kind_requires = frozenset(
+        {
+            Property.FULL_DEPTH,
+            Property.IN_MEMORY,
+        }
+    )
+    kind_breaks = frozenset({Property.FULL_DEPTH})
 
     @property
     @abstractmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from headrace.contracts.cache import PlaneSpec
 from headrace.contracts.load_map import GatedNames
-from headrace.contracts.method import Method, of_kind
+from headrace.contracts.method import Method, Property, of_kind
 from headrace.contracts.step import PlanRow
 from headrace.kv.arena import KVArena, States
 from headrace.models.base import (
@@ -36,6 +36,13 @@ class NeuronMethod(Method):
     """
 
     __slots__ = ()
+    kind_requires = frozenset(
+        {
+            Property.ALL_NEURONS,
+            Property.IN_MEMORY,
+        }
+    )
+    kind_breaks = frozenset({Property.ALL_NEURONS})
     needs_all_inputs: ClassVar[bool] = True
     takes_adapters: ClassVar[bool] = False
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from headrace.contracts.gang import GangMethod
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 
 NUMBER = "{number}"
 """In a header: of the worker, from 1 on."""
@@ -30,16 +30,6 @@ class HogwildInference(GangMethod):
         title="Hogwild! Inference: Parallel LLM Generation via Concurrent Attention",
         summary="The completions of a request are workers that see each other's tokens at once.",
         guarantee="lossy",
-        requires=frozenset(
-            {
-                Property.WHOLE_PAST,
-                Property.OWN_CONTEXT,
-                Property.FULL_DEPTH,
-                Property.FED_TOKENS_STAY,
-                Property.IN_MEMORY,
-            }
-        ),
-        breaks=frozenset({Property.OWN_CONTEXT}),
         request_options=("header",),
     )
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 from headrace.exec.depth import DepthMethod, ExitParts, Exits, Head
 
 CONFIDENCE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -44,8 +44,6 @@ class EarlyExit(DepthMethod):
         title="Accelerating Large Language Model Inference with Self-Supervised Early Exits",
         summary="Draws tokens from heads behind some of the layers, where these are sure enough.",
         guarantee="lossy",
-        requires=frozenset({Property.FULL_DEPTH, Property.IN_MEMORY}),
-        breaks=frozenset({Property.FULL_DEPTH}),
         request_options=("threshold",),
     )
     layers: str = ""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 from headrace.contracts.placement import Placement, PlacementFacts, PlacementMethod, parse_bytes
 
 
@@ -30,8 +30,6 @@ class FlexGen(PlacementMethod):
         "Single GPU",
         summary="Keeps weights and KV pages beyond a memory cap on disk, read ahead of their use.",
         guarantee="exact",
-        requires=frozenset({Property.IN_MEMORY}),
-        breaks=frozenset({Property.IN_MEMORY}),
         request_options=None,
     )
 

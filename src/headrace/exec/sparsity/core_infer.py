@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from headrace.contracts.cache import PlaneSpec
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 from headrace.exec.neurons import NeuronMethod
 
 _COUNTS = "core_counts"
@@ -35,8 +35,6 @@ class CoreInfer(NeuronMethod):
         ),
         summary="Generates with the feed-forward neurons that the prompt activates most often.",
         guarantee="lossy",
-        requires=frozenset({Property.ALL_NEURONS, Property.IN_MEMORY}),
-        breaks=frozenset({Property.ALL_NEURONS}),
         request_options=("keep", "core"),
     )
     keep: float = 0.4

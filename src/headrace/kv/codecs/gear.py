@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.contracts.kv_codec import CodedPart, KVCodec
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 from headrace.kv.packed_bits import (
     dequantize_range,
     pack_bits,
@@ -42,16 +42,6 @@ class Gear(KVCodec):
         "Inference of LLM",
         summary="Stores older keys and values in few bits, mended by low rank and outliers.",
         guarantee="lossy",
-        requires=frozenset(
-            {
-                Property.TOKEN_ORDER,
-                Property.PLAIN_ENTRIES,
-                Property.FULL_DEPTH,
-                Property.FED_TOKENS_STAY,
-                Property.IN_MEMORY,
-            }
-        ),
-        breaks=frozenset({Property.PLAIN_ENTRIES}),
     )
 
     bits: int = 4

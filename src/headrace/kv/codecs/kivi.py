@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headrace.contracts.kv_codec import CodedPart, KVCodec
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 from headrace.kv.packed_bits import (
     dequantize_range,
     pack_bits,
@@ -37,16 +37,6 @@ class Kivi(KVCodec):
         title="KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
         summary="Stores older keys and values in few bits: keys by channel, values by token.",
         guarantee="lossy",
-        requires=frozenset(
-            {
-                Property.TOKEN_ORDER,
-                Property.PLAIN_ENTRIES,
-                Property.FULL_DEPTH,
-                Property.FED_TOKENS_STAY,
-                Property.IN_MEMORY,
-            }
-        ),
-        breaks=frozenset({Property.PLAIN_ENTRIES}),
     )
 
     bits: int = 2

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 from headrace.contracts.slot_policy import CompactionSchedule, SlotPolicy
 
 
@@ -27,16 +27,6 @@ class HeavyHitterOracle(SlotPolicy):
         "Models",
         summary="Keeps a fixed number of slots: the newest, and those with most attention so far.",
         guarantee="lossy",
-        requires=frozenset(
-            {
-                Property.TOKEN_ORDER,
-                Property.PLAIN_ENTRIES,
-                Property.FULL_DEPTH,
-                Property.FED_TOKENS_STAY,
-                Property.IN_MEMORY,
-            }
-        ),
-        breaks=frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST}),
     )
 
     budget: int = 1024

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from headrace.contracts.kv_policy import KVPolicy, SealedPages
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +28,6 @@ class RandomEviction(KVPolicy):
         title="",
         summary="Keeps a share of the KV pages, whichever: what every policy must beat.",
         guarantee="lossy",
-        requires=frozenset(
-            {
-                Property.TOKEN_ORDER,
-                Property.PLAIN_ENTRIES,
-                Property.FULL_DEPTH,
-                Property.FED_TOKENS_STAY,
-            }
-        ),
-        breaks=frozenset({Property.WHOLE_PAST}),
         request_options=("keep", "seed"),
     )
 

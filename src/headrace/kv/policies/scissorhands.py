@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 from headrace.contracts.slot_policy import CompactionSchedule, SlotPolicy
 
 TIE = 1e-3
@@ -34,16 +34,6 @@ class Scissorhands(SlotPolicy):
         "Compression at Test Time",
         summary="Keeps a fixed number of slots, in every head those that stood out most often.",
         guarantee="lossy",
-        requires=frozenset(
-            {
-                Property.TOKEN_ORDER,
-                Property.PLAIN_ENTRIES,
-                Property.FULL_DEPTH,
-                Property.FED_TOKENS_STAY,
-                Property.IN_MEMORY,
-            }
-        ),
-        breaks=frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST}),
     )
 
     budget: int = 1024

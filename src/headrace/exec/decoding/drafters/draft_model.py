@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from headrace.contracts.method import MethodCard, Property
+from headrace.contracts.method import MethodCard
 from headrace.contracts.step import PageTables, PlanRow
 from headrace.exec.decoding.drafter import (
     Drafter,
@@ -34,15 +34,6 @@ class DraftModel(DrafterMethod):
         title="Fast Inference from Transformers via Speculative Decoding",
         summary="Lets a small model draw tokens ahead, which the model checks all at once.",
         guarantee="distribution",
-        requires=frozenset(
-            {
-                Property.WHOLE_PAST,
-                Property.FULL_DEPTH,
-                Property.FED_TOKENS_STAY,
-                Property.IN_MEMORY,
-            }
-        ),
-        breaks=frozenset({Property.FED_TOKENS_STAY}),
         request_options=("length", "adaptive"),
     )
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from headrace.contracts.method import MethodCard, ModelFacts, Property
+from headrace.contracts.method import MethodCard, ModelFacts
 from headrace.contracts.step import PageTables, PlanRow
 from headrace.exec.decoding.drafter import (
     Drafter,
@@ -43,15 +43,6 @@ class TriForce(DrafterMethod):
         "Speculative Decoding",
         summary="Guesses with the model on chosen pages, for which a small model guesses.",
         guarantee="distribution",
-        requires=frozenset(
-            {
-                Property.WHOLE_PAST,
-                Property.FULL_DEPTH,
-                Property.FED_TOKENS_STAY,
-                Property.IN_MEMORY,
-            }
-        ),
-        breaks=frozenset({Property.FED_TOKENS_STAY}),
         request_options=("length", "adaptive"),
     )
 
