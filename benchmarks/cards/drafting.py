@@ -66,7 +66,8 @@ def accepted(setup: Setup) -> dict[str, tuple[Acceptances, Rows]]:
     # 32k of the large shape are 1.5k here.
     for side in methods(small, 21):
         progress(f"  {side.options}")
-        with acceptances_of(side.name) as counts, side.open(model) as llm:
+        # Prompts come first in a step's budget; with few at a time, there is room for guesses.
+        with acceptances_of(side.name) as counts, side.open(model, max_num_seqs=4) as llm:
             prompts = code_prompts(llm, count, context)
             drafted = llm.generate(prompts, greedy(tokens), use_tqdm=False)
         shares = []
