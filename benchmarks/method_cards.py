@@ -58,7 +58,7 @@ PARTS = (
     Part("cache.sequences", _POLICIES),
     Part("cache.policy_recall", _POLICIES),
     Part("cache.policy_text", _POLICIES),
-    Part("cache.policy_speed", _POLICIES),
+    Part("cache.policy_speed", _POLICIES[:2]),
     Part("cache.codec_bytes", _CODECS),
     Part("cache.codec_recall", _CODECS),
     Part("cache.codec_text", _CODECS),

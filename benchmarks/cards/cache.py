@@ -121,7 +121,7 @@ def sequences(setup: Setup) -> Rows:
 
 def recall_plans(setup: Setup) -> list[TaskPlan]:
     """Recall from a context, with the question known while it is read, or not yet."""
-    level, count = setup.of(("4096", 50), ("256", 4))
+    level, count = setup.of(("2048", 50), ("256", 4))
     needle, several = make_task("needle"), make_task("multi-key")
     return [
         TaskPlan(needle, level, count),
@@ -132,7 +132,7 @@ def recall_plans(setup: Setup) -> list[TaskPlan]:
 
 def policy_recall(setup: Setup) -> Rows:
     """Scores of all policies beside each other."""
-    sides = policies(setup.of(4096, 256))
+    sides = policies(setup.of(2048, 256))
     return compare_tasks(trained("long"), sides, recall_plans(setup))
 
 
@@ -201,12 +201,12 @@ def speed(setup: Setup, sides: Sequence[Side], context: int, tokens: int) -> Row
 
 
 def policy_speed(setup: Setup) -> Rows:
-    """Of all policies."""
+    """Of the policies that choose."""
     context, tokens = setup.of((8192, 48), (512, 16))
-    return speed(setup, policies(context), context, tokens)
+    return speed(setup, policies(context)[:2], context, tokens)
 
 
 def codec_speed(setup: Setup) -> Rows:
     """Of the codecs as they are by default."""
-    context, tokens = setup.of((8192, 16), (512, 16))
+    context, tokens = setup.of((4096, 16), (512, 16))
     return speed(setup, [Side("gear:bits=4"), Side("kivi:bits=2")], context, tokens)

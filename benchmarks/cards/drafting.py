@@ -139,7 +139,7 @@ def long_context(setup: Setup) -> Rows:
     found = {}
     for side in methods(small, setup.of(1, 32)):
         progress(f"  {side.options}")
-        options = {"max_model_len": context + tokens + 64, "max_num_seqs": 1}
+        options = {"max_model_len": context + tokens + 64, "max_num_seqs": 2}
         counts, _ = recorded[side.name]
         with side.open(model, **options) as llm, accepting(side.name, counts):
             [prompt] = random_prompts(1, context, 4000)

@@ -125,9 +125,15 @@ def in_turn(
 
 
 def fresh_prompts(llm: LLM, count: int, length: int) -> Callable[[int], list[list[int]]]:
-    """New random ones for every round."""
+    """New random ones for every round; those that warm up are short."""
     vocabulary = min(4000, llm.model_info.vocab_size)
-    return lambda number: random_prompts(count, length, vocabulary, seed=number)
+
+    def make(number: int) -> list[list[int]]:
+        return random_prompts(
+            count, length if number else min(256, length), vocabulary, seed=number
+        )
+
+    return make
 
 
 def watched(

@@ -138,16 +138,20 @@ def compare_text(
 
 
 def compare_tasks(
-    model: tuple[Path, str], sides: Sequence[Side], plans: Sequence[TaskPlan], claim: str = ""
+    model: tuple[Path, str],
+    sides: Sequence[Side],
+    plans: Sequence[TaskPlan],
+    claim: str = "",
+    **engine: Any,
 ) -> dict[str, list[Measurement]]:
-    """Scores of the same problems, by method."""
+    """Scores of the same problems, by method. ``engine``: options of all engines."""
     directory, label = model
     scores: dict[str, list[list[float]]] = {}
     problems = [choose_problems(plan, 0) for plan in plans]
     for options in (PLAIN, *(side.options for side in sides)):
         progress(f"  problems: {options}")
-        opened = open_plain(directory) if options == PLAIN else Side(options).open(directory)
-        with opened as llm:
+        opening = open_plain if options == PLAIN else Side(options).open
+        with opening(directory, **engine) as llm:
             for plan, given in zip(plans, problems, strict=True):
                 result = score_problems(llm, plan, given)
                 if result.skipped:
