@@ -105,13 +105,13 @@ def acceptance(setup: Setup) -> Rows:
 def same_tokens(setup: Setup) -> dict[str, Measurement]:
     """Greedy tokens in reference mode, in which nothing rounds otherwise; by method."""
     (model, label), (small, small_label) = trained("base"), draft()
-    count, context, tokens = setup.of((8, 96, 64), (1, 24, 8))
+    count, context, tokens = setup.of((8, 96, 64), (1, 96, 8))
     generated: dict[str, list[int]] = {}
     sides = methods(small, 64)
     for key, side in ((PLAIN, None), *((side.name, side) for side in sides)):
         progress(f"  reference mode: {key}")
         opened = side.open if side else open_plain
-        with opened(model, reference=True, max_num_seqs=count, max_model_len=512) as llm:
+        with opened(model, reference=True, max_model_len=context + tokens + 16) as llm:
             outputs = llm.generate(
                 code_prompts(llm, count, context), greedy(tokens), use_tqdm=False
             )

@@ -162,7 +162,7 @@ def recording(setup: Setup) -> Rows:
     model, label = trained("base")
     side = Side("activation-recorder")
     count, tokens = setup.of((8, 64), (1, 4))
-    with side.open(model, reference=True) as llm:
+    with side.open(model, reference=True, max_model_len=64 + tokens) as llm:
         contexts = code_prompts(llm, count, 64)
         pair = [
             llm.generate(contexts, greedy(tokens), methods=choice, use_tqdm=False)

@@ -23,13 +23,13 @@ ALTERNATIVES = 64
 def layouts(setup: Setup) -> Rows:
     """How far workers are from a loop that makes the layout of every one of them explicitly."""
     model, label = trained("base")
-    count, context, tokens = setup.of((8, 128, 32), (1, 32, 4))
+    count, context, tokens = setup.of((4, 96, 16), (1, 32, 4))
     params = SamplingParams(
         n=WORKERS, max_tokens=tokens, seed=0, ignore_eos=True, logprobs=ALTERNATIVES
     )
     headers = [HEADER.replace("{number}", str(number + 1)) for number in range(WORKERS)]
-    side = Side(NAME)
-    with side.open(model, reference=True) as llm:
+    side, room = Side(NAME), context + WORKERS * (tokens + 16)
+    with side.open(model, dtype="float32", max_model_len=room) as llm:
         prompts = code_prompts(llm, count, context)
         choice = {NAME: {"header": HEADER}}
         outputs = llm.generate(prompts, params, methods=choice, use_tqdm=False)
@@ -49,7 +49,7 @@ def layouts(setup: Setup) -> Rows:
         farthest,
         f"{count} gangs of {WORKERS}, {tokens} tokens each",
         claim="works out of the box, without fine-tuning",
-        model=f"{label}, reference mode",
+        model=f"{label}, fp32",
         options=side.options,
     )
     return {NAME: [row]}
