@@ -29,6 +29,18 @@ def output_of(repository: Path, home: Path, script: str, *arguments: str) -> str
     return done.stdout
 
 
+def test_tasks_for_lm_eval(repository: Path, tmp_path: Path) -> None:
+    printed = output_of(repository, tmp_path, "lm_eval_tasks.py", str(tmp_path), "--count", "3")
+    names = printed.split("--tasks ")[1].split()[0].split(",")
+    assert len(names) == 3
+    for name in names:
+        settings = json.loads((tmp_path / f"{name}.yaml").read_text())
+        rows = Path(settings["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()
+        assert settings["task"] == name and len(rows) == 3
+        for row in map(json.loads, rows):
+            assert row["question"] and row["answer"]
+
+
 def test_the_checkpoint_loads(repository: Path, tmp_path: Path) -> None:
     directory = output_of(repository, tmp_path, "make_checkpoint.py", "tiny").strip()
     assert Path(directory).is_relative_to(tmp_path)
