@@ -103,15 +103,15 @@ def acceptance(setup: Setup) -> Rows:
 
 
 def same_tokens(setup: Setup) -> dict[str, Measurement]:
-    """Greedy tokens in reference mode, in which nothing rounds otherwise; by method."""
+    """Greedy tokens in fp32, in which little rounds otherwise; by method."""
     (model, label), (small, small_label) = trained("base"), draft()
-    count, context, tokens = setup.of((8, 96, 64), (1, 96, 8))
+    count, context, tokens = setup.of((8, 96, 64), (1, 32, 8))
     generated: dict[str, list[int]] = {}
     sides = methods(small, 64)
     for key, side in ((PLAIN, None), *((side.name, side) for side in sides)):
-        progress(f"  reference mode: {key}")
+        progress(f"  fp32: {key}")
         opened = side.open if side else open_plain
-        with opened(model, reference=True, max_model_len=context + tokens + 16) as llm:
+        with opened(model, dtype="float32") as llm:
             outputs = llm.generate(
                 code_prompts(llm, count, context), greedy(tokens), use_tqdm=False
             )
@@ -124,7 +124,7 @@ def same_tokens(setup: Setup) -> dict[str, Measurement]:
             mean_estimate([float(one == other) for one, other in pairs]),
             f"{len(generated[PLAIN])} tokens",
             beside={PLAIN: 1.0},
-            model=f"{label}, guessed for by {small_label}, reference mode",
+            model=f"{label}, guessed for by {small_label}, fp32",
             options=named(side, small),
         )
     return rows

@@ -161,8 +161,8 @@ def recording(setup: Setup) -> Rows:
     """Whether what is recorded from generates the same."""
     model, label = trained("base")
     side = Side("activation-recorder")
-    count, tokens = setup.of((8, 64), (1, 4))
-    with side.open(model, reference=True, max_model_len=64 + tokens) as llm:
+    count, tokens = setup.of((20, 64), (1, 8))
+    with side.open(model, dtype="float32") as llm:
         contexts = code_prompts(llm, count, 64)
         pair = [
             llm.generate(contexts, greedy(tokens), methods=choice, use_tqdm=False)
@@ -178,7 +178,7 @@ def recording(setup: Setup) -> Rows:
         mean_estimate(same),
         f"{len(same):,} tokens",
         beside={PLAIN: 1.0},
-        model=f"{label}, reference mode",
+        model=f"{label}, fp32",
         options=side.options,
     )
     return {side.name: [row]}
