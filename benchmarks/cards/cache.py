@@ -24,6 +24,7 @@ from headrace.cli.bench.engine import random_prompts
 from headrace.evaluation.measured import PLAIN, Measurement
 from headrace.evaluation.suite import make_task
 from headrace.evaluation.task_run import TaskPlan
+from headrace.methods import Choice
 
 SHARE = 0.2
 """Of the context that stays."""
@@ -55,7 +56,8 @@ def policies(context: int) -> list[Side]:
 def held_pages(side: Side, llm: LLM, prompt: list[int], tokens: int) -> tuple[int, int]:
     """Most pages while a request generates: with the method, and without."""
     counts = []
-    for choice in (None, {}):
+    choices: tuple[Choice | None, ...] = (None, {})
+    for choice in choices:
         steps = watched(llm, [prompt], greedy(tokens), choice)
         counts.append(max(stats.pages_used for stats, generating in steps if generating))
     return counts[0], counts[1]

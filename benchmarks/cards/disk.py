@@ -21,7 +21,7 @@ def offloading(setup: Setup) -> Rows:
     bandwidth, sample = result.details["bandwidth"], f"{rounds} rounds"
     shape = setup.of("narrow 1B shape", "tiny shape")
     about: dict[str, Any] = {
-        "model": f"{shape}, random weights, bf16",
+        "model": f"{shape}, random weights, bf16, three times the memory",
         "options": f"{NAME}:memory={result.details['cap']}",
     }
     rows: list[Measurement] = []

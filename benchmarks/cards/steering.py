@@ -32,6 +32,7 @@ from headrace.evaluation.statistics import mean_estimate, paired_difference
 from headrace.evaluation.suite import make_task
 from headrace.evaluation.task_run import TaskPlan
 from headrace.exec.steering.inference_time_intervention import fit_direction
+from headrace.methods import Choice
 
 CONTEXT = 192
 """Tokens before a line."""
@@ -162,11 +163,12 @@ def recording(setup: Setup) -> Rows:
     model, label = trained("base")
     side = Side("activation-recorder")
     count, tokens = setup.of((20, 64), (1, 8))
+    choices: tuple[Choice | None, ...] = ({}, None)
     with side.open(model, dtype="float32") as llm:
         contexts = code_prompts(llm, count, 64)
         pair = [
             llm.generate(contexts, greedy(tokens), methods=choice, use_tqdm=False)
-            for choice in ({}, None)
+            for choice in choices
         ]
     same = [
         float(a == b)

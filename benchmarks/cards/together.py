@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,9 @@ def _slow_loop(model: Path) -> Any:
     root = str(Path(__file__).parents[2])
     if root not in sys.path:
         sys.path.append(root)
-    from tests.models.shared_layout import SharedLayout
-
+    shared_layout: Any = importlib.import_module("tests.models.shared_layout")
     auto_model: Any = transformers.AutoModelForCausalLM
-    return SharedLayout(auto_model.from_pretrained(model, dtype=torch.float32).eval())
+    return shared_layout.SharedLayout(auto_model.from_pretrained(model, dtype=torch.float32).eval())
 
 
 def speed(setup: Setup) -> Rows:

@@ -34,9 +34,9 @@ def methods(name: Annotated[str | None, Name] = None, as_json: Json = False) -> 
         report(cards, ("methods", ("name", "results", "what it does"), rows), as_json=as_json)
         return
     kind = find_method(name)
-    rows = _measured(kind)
-    described = {**describe(kind), "measured": [asdict(row) for row in rows]}
-    report(described, *card_tables(kind), *measured_tables(rows), as_json=as_json)
+    measured = _measured(kind)
+    described = {**describe(kind), "measured": [asdict(row) for row in measured]}
+    report(described, *card_tables(kind), *measured_tables(measured), as_json=as_json)
 
 
 def _measured(kind: type[Method]) -> list[Measurement]:
