@@ -11,6 +11,7 @@ from cards.measuring import (
     ON,
     Rows,
     Setup,
+    alone,
     fresh_prompts,
     greedy,
     in_turn,
@@ -164,7 +165,7 @@ def codec_bytes(setup: Setup) -> Rows:
     rows: Rows = {}
     for options in CODECS:
         side = Side(options)
-        with side.open(model, enable_prefix_caching=False, max_model_len=context + 32) as llm:
+        with side.open(model, **alone(context + 32)) as llm:
             info = llm.model_info
             [prompt] = random_prompts(1, context, 4000)
             own, plain = held_pages(side, llm, prompt, 16)
@@ -188,8 +189,7 @@ def speed(setup: Setup, sides: Sequence[Side], context: int, tokens: int) -> Row
     rows: Rows = {}
     for side in sides:
         progress(f"  {side.options}")
-        engine = {"enable_prefix_caching": False, "max_model_len": context + tokens}
-        with side.open(model, **engine) as llm:
+        with side.open(model, **alone(context + tokens)) as llm:
             prompts = fresh_prompts(llm, 1, context)
             short = Setup(min(3, setup.rounds), setup.quick)
             found = in_turn(llm, short, {PLAIN: {}, ON: None}, prompts, greedy(tokens))

@@ -18,6 +18,7 @@ from cards.measuring import (
     Rows,
     Setup,
     Times,
+    alone,
     estimated,
     fresh_prompts,
     greedy,
@@ -129,7 +130,7 @@ def exit_speed(setup: Setup, trace: Leaving) -> list[Measurement]:
     options = f"{name}:layers={half}"
     length, tokens = setup.of((128, 64), (16, 12))
     rows: list[Measurement] = []
-    with Side(options).open(model, enable_prefix_caching=False, max_model_len=1024) as llm:
+    with Side(options).open(model, **alone(1024)) as llm:
         prompts = fresh_prompts(llm, 1, length)
         sides: dict[str, Any] = {
             PLAIN: {},
@@ -166,7 +167,7 @@ def neuron_speed(setup: Setup) -> Rows:
     model, label = setup.checkpoint()
     name = "core-infer"
     length, tokens = setup.of((256, 32), (16, 8))
-    options: dict[str, Any] = {"enable_prefix_caching": False, "max_model_len": 1024}
+    options = alone(1024)
     with LLM(str(model), **options) as llm:
         plain_bytes = llm.model_info.weight_bytes
     with Side(name).open(model, **options) as llm:
@@ -204,7 +205,8 @@ def pruning(setup: Setup) -> Rows:
     context, count = setup.of((4096, 50), (256, 4))
     plans = [TaskPlan(make_task(name), str(context), count) for name in ("needle", "multi-key")]
     claim = "LongBench unharmed"
-    chunk = context + 64
+    # A part is fed in one step, beside a token of every other sequence.
+    chunk = setup.of(context, 448) + 64
     sides = pruned(context)
     return compare_tasks(trained("long"), sides, plans, claim, max_num_batched_tokens=chunk)
 
@@ -216,11 +218,7 @@ def pruning_speed(setup: Setup) -> Rows:
     rows: list[Measurement] = []
     for side in pruned(context):
         progress(f"  {side.options}")
-        options: dict[str, Any] = {
-            "enable_prefix_caching": False,
-            "max_model_len": context + tokens,
-            "max_num_seqs": 1,
-        }
+        options = alone(context + tokens, sequences=1)
         if side != pruned(context)[0]:
             options["max_num_batched_tokens"] = context + 64
         with side.open(model, **options) as llm:

@@ -64,6 +64,15 @@ def trained(name: str) -> tuple[Path, str]:
     return ZOO / name, f"zoo/models/{name}"
 
 
+def alone(context: int, sequences: int = 8) -> dict[str, Any]:
+    """Options of an engine that finds nothing again, with room for few sequences."""
+    return {
+        "enable_prefix_caching": False,
+        "max_model_len": context,
+        "max_num_seqs": sequences,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Times:
     """Of one call.

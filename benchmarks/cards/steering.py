@@ -17,6 +17,7 @@ from cards.measuring import (
     ON,
     Rows,
     Setup,
+    alone,
     estimated,
     fresh_prompts,
     greedy,
@@ -150,7 +151,7 @@ def speed(setup: Setup) -> Rows:
         save_file({"any": direction}, vectors)
         for side in (Side(f"{ITI}:vectors={vectors}"), Side("activation-recorder")):
             progress(f"  {side.options}")
-            with side.open(model, enable_prefix_caching=False, max_model_len=1024) as llm:
+            with side.open(model, **alone(1024)) as llm:
                 prompts = fresh_prompts(llm, 1, length)
                 found = in_turn(llm, setup, {PLAIN: {}, ON: None}, prompts, greedy(tokens))
             about = {"model": label, "options": side.options}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from harness import progress
 
-from cards.measuring import ON, Rows, Setup, fresh_prompts, in_turn, timed_rows, trained
+from cards.measuring import ON, Rows, Setup, alone, fresh_prompts, in_turn, timed_rows, trained
 from cards.quality import Side, code_prompts
 from headrace import SamplingParams
 from headrace.evaluation.measured import Measurement
@@ -74,7 +74,7 @@ def speed(setup: Setup) -> Rows:
     length, tokens = setup.of((512, 64), (32, 8))
     side = Side(NAME)
     params = SamplingParams(n=WORKERS, max_tokens=tokens, seed=0, ignore_eos=True, detokenize=False)
-    with side.open(model, enable_prefix_caching=False, max_model_len=4096) as llm:
+    with side.open(model, **alone(4096)) as llm:
         prompts = fresh_prompts(llm, 1, length)
         found = in_turn(llm, setup, {"plain": {}, ON: None}, prompts, params)
     about = {"model": label, "options": side.options}
