@@ -62,7 +62,8 @@ def write_task(local: LocalTask, directory: Path, count: int) -> str:
         "dataset_kwargs": {"data_files": {"test": str(rows)}},
         "test_split": "test",
         "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer}}",
+        # Of an answer whose likelihood is asked, the space before it is a part.
+        "doc_to_target": " {{answer}}" if local.likelihood else "{{answer}}",
         **(likelihood_settings() if local.likelihood else text_settings(local)),
     }
     (directory / f"{name}.yaml").write_text(json.dumps(settings, indent=2), encoding="utf-8")
@@ -72,7 +73,7 @@ def write_task(local: LocalTask, directory: Path, count: int) -> str:
 def likelihood_settings() -> dict[str, Any]:
     """Whether the answer is the likeliest continuation, and how likely it is."""
     metrics = [{"metric": "acc"}, {"metric": "perplexity"}]
-    return {"output_type": "loglikelihood", "target_delimiter": " ", "metric_list": metrics}
+    return {"output_type": "loglikelihood", "metric_list": metrics}
 
 
 def text_settings(local: LocalTask) -> dict[str, Any]:
