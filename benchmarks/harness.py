@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from headrace.cli.output import show
+from headrace.plan.hardware import probe
 
 CACHE = Path.home() / ".cache" / "headrace-benchmarks"
 
@@ -42,3 +43,12 @@ def in_fresh_process(function: Callable[..., Value], *arguments: Any) -> Value:
 def progress(text: str) -> None:
     """Say on stderr what is under way."""
     print(text, file=sys.stderr, flush=True)
+
+
+def describe_machine() -> str:
+    """The machine in one line."""
+    hardware = probe()
+    return (
+        f"{hardware.processor}, {hardware.cores} cores, {' '.join(hardware.isa)}, "
+        f"{hardware.memory_bandwidth / 1e9:.1f} GB/s"
+    )

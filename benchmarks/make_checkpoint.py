@@ -14,7 +14,8 @@ from typing import Any
 
 from harness import CACHE, progress
 
-from headrace.loading import embedded_model
+from headrace.config import EngineConfig
+from headrace.loading import embedded_model, quantize_model
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {
@@ -54,6 +55,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
     },
+    "llama-draft": {
+        "vocab_size": 128256,
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2048,
+    },
+    "tiny-draft": {
+        "vocab_size": 4096,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    },
     "tiny": {
         "vocab_size": 4096,
         "hidden_size": 256,
@@ -84,6 +103,16 @@ def ensure_checkpoint(shape: str) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(embedded_model() / name, partial)
     return partial.rename(directory)
+
+
+def ensure_packed(shape: str, weights: str = "bf16") -> Path:
+    """The checkpoint in the packed layout, which is read where it is."""
+    directory = CACHE / f"{shape}-{weights}"
+    if not directory.exists():
+        source = ensure_checkpoint(shape)
+        progress(f"making {directory}")
+        quantize_model(EngineConfig(model=str(source), weights=weights), directory)
+    return directory
 
 
 if __name__ == "__main__":

@@ -11,29 +11,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import CACHE, Result, in_fresh_process, progress
-from make_checkpoint import ensure_checkpoint
+from harness import CACHE, Result, in_fresh_process
+from make_checkpoint import ensure_packed
 
 from headrace import LLM, SamplingParams
 from headrace.cli.bench.engine import random_prompts
-from headrace.config import EngineConfig
 from headrace.disk import DiskFile, aligned_memory
-from headrace.loading import quantize_model
 from headrace.weights.streaming import WeightTier
 
 SEQUENCES, PROMPT, TOKENS = 16, 256, 8
 STEP_TOKENS, MOST_STEP_TOKENS = 512, 2048
 _READ_AT_ONCE = 8 << 20
-
-
-def ensure_packed(shape: str) -> Path:
-    """The checkpoint in the packed layout, which is read where it is."""
-    directory = CACHE / f"{shape}-packed"
-    if not directory.exists():
-        source = ensure_checkpoint(shape)
-        progress(f"making {directory}")
-        quantize_model(EngineConfig(model=str(source), weights="bf16"), directory)
-    return directory
 
 
 def disk_bandwidth(directory: Path) -> float:
@@ -129,5 +117,5 @@ def measure(rounds: int, quick: bool) -> Result:
         f"sequences; the disk alone reads {bandwidth / 1e9:.2f} GB/s; medians of {rounds} rounds",
         ["", "tokens/s", "of the disk's bandwidth", "gain of overlap", "peak memory, of the cap"],
         rows,
-        {"bandwidth": bandwidth, "with": found[True], "without": found[False]},
+        {"bandwidth": bandwidth, "cap": cap, "with": found[True], "without": found[False]},
     )

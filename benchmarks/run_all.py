@@ -15,10 +15,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from harness import CACHE, Result, in_fresh_process, progress
+from harness import CACHE, Result, describe_machine, in_fresh_process, progress
 
 from headrace.cli.output import report
-from headrace.plan.hardware import probe
 
 BENCHMARKS = {
     "against_peers": "Against other engines",
@@ -30,6 +29,7 @@ BENCHMARKS = {
     "thread_pools": "One thread pool or two",
     "weight_formats": "Weight formats",
     "offload": "Weights on disk",
+    "method_cards": "Methods",
     "startup": "Start",
     "simulate": "Simulation",
 }
@@ -54,15 +54,6 @@ def measure(name: str, rounds: int, quick: bool) -> Result:
     """Run one benchmark in this process."""
     result: Result = importlib.import_module(name).measure(rounds, quick)
     return result
-
-
-def describe_machine() -> str:
-    """The machine in one line."""
-    hardware = probe()
-    return (
-        f"{hardware.processor}, {hardware.cores} cores, {' '.join(hardware.isa)}, "
-        f"{hardware.memory_bandwidth / 1e9:.1f} GB/s"
-    )
 
 
 def render(entries: dict[str, dict[str, Any]]) -> str:

@@ -72,6 +72,6 @@ def test_weight_formats_lose_what_their_bits_say(repository: Path, tmp_path: Pat
 
 def test_every_benchmark_is_explained(repository: Path) -> None:
     page = (repository / "benchmarks" / "README.md").read_text()
-    for name in (*BENCHMARKS, "weight_formats"):
+    for name in (*BENCHMARKS, "weight_formats", "method_cards"):
         assert (repository / "benchmarks" / f"{name}.py").is_file()
         assert f"`python benchmarks/run_all.py --only {name}`" in page

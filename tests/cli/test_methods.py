@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
+from headrace.evaluation.measured import merge_measurements
 from headrace.methods import known_methods
 from tests.cli.programs import invoke
+from tests.evaluation.test_measured import ROW
 from tests.llm.test_methods import OUTSIDE
 
 
@@ -28,6 +33,35 @@ def test_the_card_of_one() -> None:
     assert result.exit_code == 0
     for part in ("breaks that", "the cache holds every token", "keep", "0.25", "engine, request"):
         assert part in result.stdout
+
+
+@pytest.fixture
+def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where what was measured is, and nothing else."""
+    monkeypatch.setattr("headrace.evaluation.measured.cards_directory", lambda: tmp_path)
+    return tmp_path
+
+
+def test_a_card_shows_what_was_measured(cards: Path) -> None:
+    merge_measurements(cards / "kivi.json", ROW.part, [ROW])
+    shown = invoke("methods", "kivi").stdout
+    for part in (ROW.what, "12.5 (12 to 13)", "plain 10, p = 0.5", ROW.claim, ROW.machine):
+        assert part in " ".join(shown.replace("│", " ").split()), part
+    described = json.loads(invoke("methods", "kivi", "--json").stdout)
+    assert described["measured"] == [asdict(ROW)]
+
+
+def test_a_card_says_that_nothing_was_measured(cards: Path) -> None:
+    assert "nothing so far" in invoke("methods", "kivi").stdout
+    assert json.loads(invoke("methods", "kivi", "--json").stdout)["measured"] == []
+
+
+def test_a_broken_file_of_measurements(cards: Path) -> None:
+    (cards / "kivi.json").write_text("{")
+    result = invoke("methods", "kivi")
+    assert result.exit_code == 1
+    assert "method: kivi: " in result.output
+    assert invoke("methods", "gear").exit_code == 0
 
 
 def test_a_card_from_outside_the_tree(tmp_path: Path) -> None:

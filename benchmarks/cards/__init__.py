@@ -1,0 +1,1 @@
+"""What ``method_cards`` measures, by kinds of methods."""
