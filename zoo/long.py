@@ -39,8 +39,9 @@ def make_data(tokenizer: Tokenizer, config: TrainConfig) -> GeneratedData:
 
 RECIPE = Recipe(
     "long",
-    "Recalls statements from contexts of up to 12,288 tokens, single ones reliably, one of many less so. "
-    "It was taught several values of a key and keys that stand for others too, and misses most.",
+    "Recalls statements from contexts of up to 12,288 tokens, single ones reliably, one of many "
+    "less so. It was taught several values of a key and keys that stand for others too, and "
+    "misses most.",
     MODEL,
     TrainConfig(
         token_budget=TOKEN_BUDGET,
