@@ -169,7 +169,7 @@ def codec_bytes(setup: Setup) -> Rows:
             info = llm.model_info
             [prompt] = random_prompts(1, context, 4000)
             own, plain = held_pages(side, llm, prompt, 16)
-        page = info.kv_token_bytes * info.block_size
+        page = info.page_bytes
         row = Measurement(
             f"bytes of a token in the KV cache, at {context} tokens",
             own * page / context,

@@ -62,6 +62,7 @@ class ModelInfo:
         max_model_len: tokens that one sequence may have.
         kv_token_bytes: bytes of KV cache per token.
         num_pages, block_size: pages of the arena, and slots of a page.
+        page_bytes: of a page, which holds what one group of layers keeps of its slots.
         prefix_caching: whether equal prefixes are computed once.
     """
 
@@ -81,6 +82,7 @@ class ModelInfo:
     kv_token_bytes: int
     num_pages: int
     block_size: int
+    page_bytes: int
     prefix_caching: bool
 
 
@@ -339,6 +341,7 @@ def cache_facts(layout: CacheLayout, num_pages: int) -> dict[str, Any]:
         "kv_token_bytes": int(layout.token_bytes),
         "num_pages": num_pages,
         "block_size": layout.block_size,
+        "page_bytes": layout.page_bytes,
     }
 
 

@@ -127,6 +127,14 @@ def test_a_model_that_changed_is_another_one(tmp_path: Path) -> None:
         Evaluation(SMALL, subject, None, record)
 
 
+def test_text_is_skipped_where_prompts_lose_tokens() -> None:
+    pruned = Subject("pruned", {**OPTIONS, "methods": ("slim-infer:span=64,block=16",)})
+    found = Evaluation(SMALL, pruned, PLAIN).run()
+    [row] = [row for row in found["rows"] if row["measure"] == "loss, nats a token"]
+    assert "drops tokens" in row["skipped"] and "mean" not in row
+    assert found["kv_peak_bytes"] < Evaluation(SMALL, PLAIN, None).run()["kv_peak_bytes"]
+
+
 def test_tasks_longer_than_the_context_are_skipped() -> None:
     short = Subject("short", {**OPTIONS, "max_model_len": 200})
     found = Evaluation(SMALL, short, None).run()

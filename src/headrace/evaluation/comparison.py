@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from headrace.contracts.sampling import SamplingParams
+from headrace.errors import InvalidRequestError
 from headrace.evaluation.evaluation import Subject
 from headrace.evaluation.language import score_windows, text_windows
 from headrace.evaluation.statistics import mean_estimate, paired_difference
@@ -80,9 +81,7 @@ class Comparison:
             memory = [
                 {
                     "weight_bytes": llm.model_info.weight_bytes,
-                    "kv_peak_bytes": llm.stats().pages_peak
-                    * llm.model_info.block_size
-                    * llm.model_info.kv_token_bytes,
+                    "kv_peak_bytes": llm.stats().pages_peak * llm.model_info.page_bytes,
                 }
                 for llm in sides
             ]
@@ -99,7 +98,10 @@ class Comparison:
         losses: list[list[float]] = [[], []]
         for part in _parts(len(windows)):
             for side, llm in _turns(sides, part.start // PART):
-                scored = score_windows(llm, windows[part])
+                try:
+                    scored = score_windows(llm, windows[part])
+                except InvalidRequestError as error:
+                    return {"measure": "loss, nats a token", "skipped": str(error)}
                 counts = [len(window.counted) for window in windows[part]]
                 losses[side] += [s.loss / n for s, n in zip(scored, counts, strict=True)]
         return _row("loss, nats a token", losses)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.errors import ConfigurationError
+from headrace.errors import ConfigurationError, InvalidRequestError
 from headrace.evaluation.language import (
     TOP,
     bits_per_byte,
@@ -129,7 +129,6 @@ class Evaluation:
                     self._keep(name, asdict(run_task(llm, plan, self._seed)))
             self._notify(len(names), len(names), "")
             info, peak = llm.model_info, llm.stats().pages_peak
-            page_bytes = info.block_size * info.kv_token_bytes
         tasks = [self._parts[plan.name] for plan in self._suite.plans]
         tokens = sum(part["prompt_tokens"] + part["output_tokens"] for part in tasks)
         return {
@@ -138,7 +137,7 @@ class Evaluation:
             "seed": self._seed,
             "weight_bytes": info.weight_bytes,
             "weight_format": info.weight_format,
-            "kv_peak_bytes": peak * page_bytes,
+            "kv_peak_bytes": peak * info.page_bytes,
             "score": self.score(),
             "tokens_per_second": tokens / max(1e-9, sum(part["seconds"] for part in tasks)),
             "seconds": time.perf_counter() - started,
@@ -149,7 +148,10 @@ class Evaluation:
     def _measure_text(self, llm: LLM) -> dict[str, Any]:
         window = min(self._suite.window, llm.model_info.max_model_len)
         windows = text_windows(llm, window, self._suite.tokens)
-        scored = score_windows(llm, windows, TOP if self._reference else 0)
+        try:
+            scored = score_windows(llm, windows, TOP if self._reference else 0)
+        except InvalidRequestError as error:
+            return {"skipped": str(error)}
         result: dict[str, Any] = {
             "losses": [each.loss for each in scored],
             "counts": [len(each.counted) for each in windows],
@@ -164,15 +166,7 @@ class Evaluation:
 
     def rows(self) -> list[Row]:
         """Every measure with its interval."""
-        rows: list[Row] = []
-        text = self._parts["text"]
-        items = sum(text["counts"])
-        rows.append({"measure": "loss, nats a token", **text["loss"], "items": items})
-        rows.append({"measure": "bits per byte", "mean": text["bits_per_byte"], "items": items})
-        if "divergences" in text:
-            estimate = mean_estimate(text["divergences"], text["counts"])
-            row = {"measure": "KL to the reference, nats", **asdict(estimate), "items": items}
-            rows.append(row)
+        rows = self._text_rows()
         for plan in self._suite.plans:
             result = self._parts[plan.name]
             if result["skipped"]:
@@ -181,6 +175,20 @@ class Evaluation:
             estimate = mean_estimate(result["scores"])
             count = len(result["scores"])
             rows.append({"measure": plan.name, **asdict(estimate), "items": count})
+        return rows
+
+    def _text_rows(self) -> list[Row]:
+        text = self._parts["text"]
+        loss = {"measure": "loss, nats a token"}
+        if "skipped" in text:
+            return [{**loss, "skipped": text["skipped"]}]
+        items = sum(text["counts"])
+        rows: list[Row] = [{**loss, **text["loss"], "items": items}]
+        rows.append({"measure": "bits per byte", "mean": text["bits_per_byte"], "items": items})
+        if "divergences" in text:
+            estimate = mean_estimate(text["divergences"], text["counts"])
+            row = {"measure": "KL to the reference, nats", **asdict(estimate), "items": items}
+            rows.append(row)
         return rows
 
     def score(self) -> float:

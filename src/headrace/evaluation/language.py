@@ -76,6 +76,7 @@ def score_windows(llm: LLM, windows: Sequence[Window], top: int = 0) -> list[Sco
     """What the model says of every window; with ``top`` alternatives of each token.
 
     Raises:
+        InvalidRequestError: a method of the configuration gives no log-probabilities of prompts.
         RuntimeError: a request failed.
     """
     params = SamplingParams(max_tokens=0, prompt_logprobs=top, temperature=0.0)
