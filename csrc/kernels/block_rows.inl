@@ -1,8 +1,14 @@
 // Few rows times weights in planes of bits: values come from memory into registers as bytes, and go
-// nowhere else. For AVX-512 with VNNI.
+// nowhere else.
+
+#include "block_vectors.inl"
 
 constexpr int kDirectRows = 4;
 constexpr int64_t kPlaneColumns = 32;  // in the planes, whole vectors of these follow each other
+constexpr int64_t kVectorBytes = sizeof(Integers);
+
+typedef uint16_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
 
 // What a kernel multiplies. Fetches are `ahead` panels further.
 struct BlockRows {
@@ -13,38 +19,87 @@ struct BlockRows {
   int64_t c_stride, ahead;
 };
 
-// 64 values, of columns 4 * quad to 4 * quad + 3 of a panel, counted from where the planes point.
+// Bits of each byte moved down, or up if `places` is negative. Some come from the byte beside it.
+INLINE Integers move_bits(Integers bytes, int places) {
+  return (Integers)(places < 0 ? (Words)bytes << static_cast<uint16_t>(-places)
+                               : (Words)bytes >> static_cast<uint16_t>(places));
+}
+INLINE Integers mask_of(int bits, int place) {
+  return (Integers)(Bytes{} + static_cast<uint8_t>(((1 << bits) - 1) << place));
+}
+INLINE Integers load_plane(const uint8_t* from) {
+  Integers bytes;
+  __builtin_memcpy(&bytes, from, sizeof bytes);
+  return bytes;
+}
+
+// Values of columns 4 * quad to 4 * quad + 3 of a part of a panel, counted from where the planes point.
 template <int First, int Second, bool Table>
-INLINE __m512i block_values(const uint8_t* first, const uint8_t* second, int quad, __m512i table) {
-  if constexpr (First == 8) return _mm512_loadu_si512(first + quad * 64);
+INLINE Integers block_values(const uint8_t* first, const uint8_t* second, int quad, Integers table) {
+  if constexpr (First == 8) return load_bytes(first + quad * 64);
   constexpr int each = 8 / First, others = Second == 0 ? 1 : 8 / (Second == 0 ? 1 : Second);
-  __m512i value = _mm512_loadu_si512(first + quad / each * 64);
-  value = _mm512_srli_epi16(value, static_cast<unsigned>(First * (quad % each)));
-  value = _mm512_and_si512(value, _mm512_set1_epi8((1 << First) - 1));
+  Integers values = move_bits(load_plane(first + quad / each * 64), First * (quad % each));
+  values = values & mask_of(First, 0);
   if constexpr (Second > 0) {
-    __m512i above = _mm512_loadu_si512(second + quad / others * 64);
-    above = _mm512_srli_epi16(above, static_cast<unsigned>(Second * (quad % others)));
-    above = _mm512_and_si512(above, _mm512_set1_epi8((1 << Second) - 1));
-    value = _mm512_or_si512(value, _mm512_slli_epi16(above, First));
+    const Integers above = load_plane(second + quad / others * 64);
+    values = put_above(values, move_bits(above, Second * (quad % others) - First), mask_of(Second, First));
   }
-  return Table ? _mm512_shuffle_epi8(table, value) : value;
+  return Table ? look_up(table, values) : values;
 }
 
-INLINE __m512 load_factors(const uint16_t* factors, bool wide) {
-  const __m256i halves = _mm256_loadu_si256((const __m256i*)factors);
-  if (wide) return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-  return _mm512_cvtph_ps(halves);
+// Where the levels of a vector's rows lie, of groups and of the factors above them.
+struct LevelPlaces {
+  int64_t panel, groups, supers;
+};
+INLINE int64_t group_place(const LevelPlaces& in, int v, int64_t group) {
+  return ((in.panel + v / kParts) * in.groups + group) * kPanel + v % kParts * (kPanel / kParts);
+}
+INLINE int64_t factor_place(const LevelPlaces& in, int v, int64_t super) {
+  return ((in.panel + v / kParts) * in.supers + super) * kPanel + v % kParts * (kPanel / kParts);
 }
 
-// Scales or lows of a group: its factors, times its steps if there are any.
-INLINE __m512 group_level(__m512 factor, const int8_t* steps) {
-  if (steps == nullptr) return factor;
-  const __m128i bytes = _mm_loadu_si128((const __m128i*)steps);
-  return _mm512_mul_ps(factor, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+// value += the sums of activations of groups [begin, end) times their lows. Groups with steps share a
+// factor.
+template <int Rows, int Vectors>
+INLINE void add_lows(const BlockParts& parts, const LevelPlaces& places, const int32_t* totals, int64_t begin,
+                     int64_t end, Floats (&value)[Rows][Vectors]) {
+  if (parts.low_steps == nullptr) {
+    for (int64_t g = begin; g < end; ++g)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const int64_t place = factor_place(places, v, parts.super == 1 ? g : g / parts.super);
+        const Floats low = load_factors(parts.low_factors + place, parts.wide_factors);
+#pragma GCC unroll 4
+        for (int m = 0; m < Rows; ++m)
+          value[m][v] = multiply_add(repeat(static_cast<float>(totals[m * places.groups + g])), low, value[m][v]);
+      }
+    return;
+  }
+  Integers sum[Rows][Vectors];
+#pragma GCC unroll 4
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) sum[m][v] = Integers{};
+  for (int64_t g = begin; g < end; ++g)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const Integers steps = load_steps(parts.low_steps + group_place(places, v, g));
+#pragma GCC unroll 4
+      for (int m = 0; m < Rows; ++m) add_step(sum[m][v], steps, totals[m * places.groups + g]);
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < Vectors; ++v) {
+    const int64_t place = factor_place(places, v, begin / parts.super);
+    const Floats factor = load_factors(parts.low_factors + place, parts.wide_factors);
+#pragma GCC unroll 4
+    for (int m = 0; m < Rows; ++m) value[m][v] = multiply_add(to_floats(sum[m][v]), factor, value[m][v]);
+  }
 }
 
 template <int First, int Second, bool Table, int Rows, int Panels>
 static void block_rows(const BlockRows& in) {
+  constexpr int Bits = Table ? 8 : First + Second, Vectors = Panels * kParts;
+  constexpr int narrow_quads = kNarrowQuads<Bits>;
   const LinearWeight& weight = *in.weight;
   const BlockParts& parts = weight.blocks;
   const int64_t groups = weight.groups(), group = weight.group;
@@ -55,75 +110,102 @@ static void block_rows(const BlockRows& in) {
   const uint8_t* second = Second ? parts.planes[1] + in.panel * second_bytes : first;
   const int8_t* a = in.x->bytes + in.row * in.x->stride;
   const int32_t* offsets = in.x->offsets + in.row * groups;
-  const bool has_lows = parts.low_factors != nullptr;
-  const __m512i table =
-      Table ? _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128((const __m128i*)parts.table)) : __m512i{};
-  __m512i sum[Rows][Panels];
-  __m512 part[Rows][Panels], factor[Panels], low[Panels];
+  const bool has_lows = parts.low_factors != nullptr, wide = parts.wide_factors;
+  const Integers table = Table ? load_table(parts.table) : Integers{};
+  Integers sum[Rows][Vectors], narrow[Rows][Vectors];
+  Floats part[Rows][Vectors];
+  const LevelPlaces places{in.panel, groups, supers};
 
-  // Divisions take as long as the products of a group: what is counted down needs none.
-  int64_t super = 0, groups_left = 0, columns_left = group;
   const auto begin_group = [&](int64_t g) __attribute__((always_inline)) {
-    const bool begins = groups_left == 0;
-    if (begins) groups_left = parts.super;
-    --groups_left;
 #pragma GCC unroll 4
-    for (int p = 0; p < Panels; ++p) {
-      const uint8_t* zeros =
-          weight.zeros ? weight.zeros + ((in.panel + p) * groups + g) * kPanel : nullptr;
+    for (int v = 0; v < Vectors; ++v)
 #pragma GCC unroll 4
       for (int m = 0; m < Rows; ++m)
-        sum[m][p] = has_lows ? _mm512_setzero_si512() : zero_term(zeros, offsets[m * groups + g]);
-      if (!begins) continue;
-      const int64_t place = ((in.panel + p) * supers + super) * kPanel;
-      factor[p] = load_factors(parts.factors + place, parts.wide_factors);
-      if (has_lows) low[p] = load_factors(parts.low_factors + place, parts.wide_factors);
-    }
-    super += begins;
+        sum[m][v] = first_sum<Bits>(weight.zeros ? weight.zeros + group_place(places, v, g) : nullptr,
+                                    offsets[m * groups + g], has_lows);
   };
-  const auto end_group = [&](int64_t g) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int p = 0; p < Panels; ++p) {
-      const int64_t place = ((in.panel + p) * groups + g) * kPanel;
-      const __m512 scale = group_level(factor[p], parts.steps ? parts.steps + place : nullptr);
-#pragma GCC unroll 4
-      for (int m = 0; m < Rows; ++m)
-        part[m][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m][p]), scale, part[m][p]);
-      if (!has_lows) continue;
-      const __m512 under = group_level(low[p], parts.low_steps ? parts.low_steps + place : nullptr);
-#pragma GCC unroll 4
-      for (int m = 0; m < Rows; ++m)
-        part[m][p] = _mm512_fmadd_ps(
-            _mm512_set1_ps(static_cast<float>(offsets[m * groups + g])), under, part[m][p]);
-    }
-  };
-
-  int64_t g = 0;
-  for (int64_t column = 0; column < weight.padded_columns; column += kBlockColumns) {
-    const int64_t end = least(column + kBlockColumns, weight.padded_columns), shared = g;
+  const auto fold = [&]() __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
-      for (int p = 0; p < Panels; ++p) part[m][p] = _mm512_setzero_ps();
+      for (int v = 0; v < Vectors; ++v) fold_products<Bits>(sum[m][v], narrow[m][v]);
+  };
+  const auto clear = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) narrow[m][v] = Integers{};
+  };
+  const auto end_group = [&](int64_t g) __attribute__((always_inline)) {
+    const int64_t super = parts.super == 1 ? g : g / parts.super;
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const Floats scale = parts.steps ? to_floats(load_steps(parts.steps + group_place(places, v, g)))
+                                       : load_factors(parts.factors + factor_place(places, v, super), wide);
+#pragma GCC unroll 4
+      for (int m = 0; m < Rows; ++m)
+        part[m][v] = multiply_add(to_floats(sum[m][v]), scale, part[m][v]);
+    }
+  };
+  // What groups [begin, end) add, which share a scale of activations, and a factor if they have steps.
+  const auto end_chunk = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    if (parts.steps != nullptr)
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        const Floats factor = load_factors(parts.factors + factor_place(places, v, begin / parts.super), wide);
+#pragma GCC unroll 4
+        for (int m = 0; m < Rows; ++m) part[m][v] = part[m][v] * factor;
+      }
+    if (has_lows) add_lows(parts, places, offsets, begin, end, part);
+#pragma GCC unroll 4
+    for (int m = 0; m < Rows; ++m) {
+      const Floats scale = repeat(in.x->scales[(in.row + m) * groups + begin]);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v) {
+        float* c = in.c + m * in.c_stride + v * (kPanel / kParts);
+        Floats before{};
+        if (begin != 0) __builtin_memcpy(&before, c, sizeof before);
+        before = multiply_add(part[m][v], scale, before);
+        __builtin_memcpy(c, &before, sizeof before);
+        part[m][v] = Floats{};
+      }
+    }
+  };
+#pragma GCC unroll 4
+  for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) part[m][v] = Floats{};
+
+  int64_t g = 0, columns_left = group;
+  for (int64_t column = 0; column < weight.padded_columns; column += kBlockColumns) {
+    const int64_t end = least(column + kBlockColumns, weight.padded_columns), shared = g;
     begin_group(g);
     for (int64_t k = column; k < end; k += kPlaneColumns) {
 #pragma GCC unroll 8
       for (int quad = 0; quad < 8; ++quad, a += 4) {
         if (quad == 4 && group == kLeastGroup) {
+          if constexpr (narrow_quads == 8) {
+            fold();
+            clear();
+          }
           end_group(g);
           begin_group(++g);
         }
-        __m512i right[Panels];
+        Integers right[Vectors];
 #pragma GCC unroll 4
-        for (int p = 0; p < Panels; ++p)
-          right[p] = block_values<First, Second, Table>(first + p * first_bytes,
-                                                        second + p * second_bytes, quad, table);
+        for (int v = 0; v < Vectors; ++v) {
+          const int64_t at = v % kParts * kVectorBytes;
+          right[v] = block_values<First, Second, Table>(
+              first + v / kParts * first_bytes + at, second + v / kParts * second_bytes + at, quad, table);
+        }
 #pragma GCC unroll 4
         for (int m = 0; m < Rows; ++m) {
-          const __m512i x = _mm512_set1_epi32(load32(a + m * in.x->stride));
+          const Integers x = repeat_quad(a + m * in.x->stride);
 #pragma GCC unroll 4
-          for (int p = 0; p < Panels; ++p) add_products(sum[m][p], right[p], x);
+          for (int v = 0; v < Vectors; ++v)
+            multiply_quad<Bits>(sum[m][v], narrow[m][v], quad % narrow_quads == 0, right[v], x);
         }
+        if ((quad + 1) % narrow_quads == 0) fold();
       }
 #pragma GCC unroll 4
       for (int p = 0; p < Panels; ++p) {
@@ -142,16 +224,7 @@ static void block_rows(const BlockRows& in) {
       end_group(g++);
       if (k + kPlaneColumns < end) begin_group(g);
     }
-#pragma GCC unroll 4
-    for (int m = 0; m < Rows; ++m) {
-      const __m512 scale = _mm512_set1_ps(in.x->scales[(in.row + m) * groups + shared]);
-#pragma GCC unroll 4
-      for (int p = 0; p < Panels; ++p) {
-        float* c = in.c + m * in.c_stride + p * kPanel;
-        const __m512 before = column == 0 ? _mm512_setzero_ps() : _mm512_loadu_ps(c);
-        _mm512_storeu_ps(c, _mm512_fmadd_ps(part[m][p], scale, before));
-      }
-    }
+    end_chunk(shared, g);
   }
 }
 
@@ -163,26 +236,28 @@ static void multiply_block_rows(int64_t rows, int64_t panels, BlockRows in) {
     in.c += count * kPanel;
     panels -= count;
   };
+  constexpr int one = kOneRowPanels, few = kFewRowsPanels;
   if (rows == 1)
-    for (; panels >= 4; advance(4)) block_rows<First, Second, Table, 1, 4>(in);
-  for (; panels >= 2; advance(2)) switch (rows) {
-      case 1: block_rows<First, Second, Table, 1, 2>(in); break;
-      case 2: block_rows<First, Second, Table, 2, 2>(in); break;
-      case 3: block_rows<First, Second, Table, 3, 2>(in); break;
-      case 4: block_rows<First, Second, Table, 4, 2>(in); break;
+    for (; panels >= one; advance(one)) block_rows<First, Second, Table, 1, one>(in);
+  for (; panels >= few; advance(few)) switch (rows) {
+      case 1: block_rows<First, Second, Table, 1, few>(in); break;
+      case 2: block_rows<First, Second, Table, 2, few>(in); break;
+      case 3: block_rows<First, Second, Table, 3, few>(in); break;
+      case 4: block_rows<First, Second, Table, 4, few>(in); break;
     }
-  for (; panels > 0; advance(1)) switch (rows) {
-      case 1: block_rows<First, Second, Table, 1, 1>(in); break;
-      case 2: block_rows<First, Second, Table, 2, 1>(in); break;
-      case 3: block_rows<First, Second, Table, 3, 1>(in); break;
-      case 4: block_rows<First, Second, Table, 4, 1>(in); break;
-    }
+  if constexpr (few > 1)
+    for (; panels > 0; advance(1)) switch (rows) {
+        case 1: block_rows<First, Second, Table, 1, 1>(in); break;
+        case 2: block_rows<First, Second, Table, 2, 1>(in); break;
+        case 3: block_rows<First, Second, Table, 3, 1>(in); break;
+        case 4: block_rows<First, Second, Table, 4, 1>(in); break;
+      }
 }
 
 static void multiply_few_rows(const LinearWeight& weight, const Prepared& x, int64_t panel,
                               int64_t panels, int64_t row, int64_t rows, float* c,
-                              int64_t c_stride) {
-  const BlockRows in{&weight, &x, row, panel, c, c_stride, panels};
+                              int64_t c_stride, int64_t ahead) {
+  const BlockRows in{&weight, &x, row, panel, c, c_stride, ahead};
   if (weight.blocks.table != nullptr) return multiply_block_rows<4, 0, true>(rows, panels, in);
   switch (weight.blocks.bits[0] * 10 + weight.blocks.bits[1]) {
     case 20: return multiply_block_rows<2, 0, false>(rows, panels, in);
