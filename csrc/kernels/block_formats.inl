@@ -1,15 +1,14 @@
-// Products with weights in planes of bits, whose groups have scales of one or two levels: 256 columns
-// of a few panels are brought to bytes in the cache, and multiplied with all rows from there.
+// Weights in planes of bits, whose groups have scales of one or two levels. 256 columns of a panel at a
+// time are brought to bytes here; most products take values as they lie.
 
 constexpr int64_t kBlockColumns = kActivationGroup;
 constexpr int64_t kLeastGroup = 16;
-constexpr int64_t kBlockPanels = 4;  // at once
 
-// Memory of a thread for one chunk of some panels.
+// Some columns of a panel.
 struct BlockChunk {
-  uint8_t values[kBlockPanels][kBlockColumns * kPanel];  // [columns / 4, 16, 4]
-  float scales[kBlockPanels][kBlockColumns / kLeastGroup][kPanel];
-  float lows[kBlockPanels][kBlockColumns / kLeastGroup][kPanel];
+  uint8_t values[kBlockColumns * kPanel];  // [columns / 4, 16, 4]
+  float scales[kBlockColumns / kLeastGroup][kPanel];
+  float lows[kBlockColumns / kLeastGroup][kPanel];
 };
 
 INLINE float from_half(uint16_t half) {
@@ -51,20 +50,6 @@ static void unpack_planes(const LinearWeight& weight, int64_t panel, int64_t col
     }
 }
 
-// Values of four bits as the table has them, 128 more.
-INLINE void look_up(const uint8_t* table, int64_t count, uint8_t* values) {
-#if HEADRACE_LEVEL >= 1
-  const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
-  for (int64_t i = 0; i < count; i += 32) {
-    const __m256i found =
-        _mm256_shuffle_epi8(entries, _mm256_loadu_si256((const __m256i*)(values + i)));
-    _mm256_storeu_si256((__m256i*)(values + i), found);
-  }
-#else
-  for (int64_t i = 0; i < count; ++i) values[i] = table[values[i]];
-#endif
-}
-
 static void unpack_values(const LinearWeight& weight, int64_t panel, int64_t column,
                           int64_t columns, uint8_t* out) {
   const BlockParts& parts = weight.blocks;
@@ -76,7 +61,6 @@ static void unpack_values(const LinearWeight& weight, int64_t panel, int64_t col
     case 42: unpack_planes<4, 2>(weight, panel, column, columns, out); break;
     case 80: unpack_planes<8, 0>(weight, panel, column, columns, out); break;
   }
-  if (parts.table != nullptr) look_up(parts.table, columns * kPanel, out);
 }
 
 // factor * step of each group from the column on.
@@ -100,60 +84,39 @@ INLINE void unpack_scales(const LinearWeight& weight, int64_t panel, int64_t col
 }
 
 static void unpack_chunk(const LinearWeight& weight, int64_t panel, int64_t column,
-                         int64_t columns, int64_t place, BlockChunk& chunk) {
+                         int64_t columns, BlockChunk& chunk) {
   const BlockParts& parts = weight.blocks;
-  unpack_values(weight, panel, column, columns, chunk.values[place]);
-  unpack_scales(weight, panel, column, columns, parts.factors, parts.steps, chunk.scales[place]);
+  unpack_values(weight, panel, column, columns, chunk.values);
+  unpack_scales(weight, panel, column, columns, parts.factors, parts.steps, chunk.scales);
   if (parts.low_factors != nullptr)
-    unpack_scales(weight, panel, column, columns, parts.low_factors, parts.low_steps,
-                  chunk.lows[place]);
+    unpack_scales(weight, panel, column, columns, parts.low_factors, parts.low_steps, chunk.lows);
+}
+
+// A row of the weight, dequantized.
+static void row_of_blocks(const LinearWeight& weight, int64_t panel, int64_t lane, uint16_t* out) {
+  const BlockParts& parts = weight.blocks;
+  BlockChunk chunk;
+  for (int64_t column = 0; column < weight.columns; column += kBlockColumns) {
+    const int64_t columns = least(kBlockColumns, weight.padded_columns - column);
+    unpack_chunk(weight, panel, column, columns, chunk);
+    const int64_t known = least(columns, weight.columns - column);
+    for (int64_t k = 0; k < known; ++k) {
+      const int64_t g = k / weight.group, group = column / weight.group + g;
+      const int stored = chunk.values[k / 4 * 64 + lane * 4 + k % 4];
+      const int value = parts.table != nullptr ? parts.table[stored] : stored;
+      const int zero = weight.zeros
+                           ? weight.zeros[(panel * weight.groups() + group) * kPanel + lane]
+                           : parts.zero;
+      out[column + k] =
+          parts.low_factors != nullptr
+              ? to_bf16(static_cast<float>(value) * chunk.scales[g][lane] + chunk.lows[g][lane])
+              : to_bf16(static_cast<float>(value - zero) * chunk.scales[g][lane]);
+    }
+  }
 }
 
 #if HEADRACE_LEVEL >= 1
 #include "block_rows.inl"
-#endif
-#if HEADRACE_LEVEL != 1
+#else
 #include "block_chunks.inl"
 #endif
-
-// c [rows, panels * 16] of up to kBlockPanels panels.
-static void multiply_blocks(const LinearWeight& weight, const Prepared& x, int64_t panel,
-                            int64_t panels, int64_t row, int64_t rows, float* c, int64_t c_stride,
-                            BlockChunk& chunk) {
-#if HEADRACE_LEVEL >= 2
-  if (rows <= kDirectRows)
-    return multiply_few_rows(weight, x, panel, panels, row, rows, c, c_stride, panels);
-#endif
-#if HEADRACE_LEVEL == 1
-  (void)chunk;
-  // A block of rows takes values as they lie: what they cost is little beside its products.
-  const int64_t blocks = (rows + kDirectRows - 1) / kDirectRows, most = (rows + blocks - 1) / blocks;
-  for (int64_t m = 0; m < rows; m += most) {
-    const int64_t ahead = m + most >= rows ? panels : 0;
-    multiply_few_rows(weight, x, panel, panels, row + m, least(most, rows - m), c + m * c_stride, c_stride, ahead);
-  }
-#else
-  multiply_chunks(weight, x, panel, panels, row, rows, c, c_stride, chunk);
-#endif
-}
-
-// A row of the weight, dequantized.
-static void row_of_blocks(const LinearWeight& weight, int64_t panel, int64_t lane, BlockChunk& chunk,
-                          uint16_t* out) {
-  for (int64_t column = 0; column < weight.columns; column += kBlockColumns) {
-    const int64_t columns = least(kBlockColumns, weight.padded_columns - column);
-    unpack_chunk(weight, panel, column, columns, 0, chunk);
-    const int64_t known = least(columns, weight.columns - column);
-    for (int64_t k = 0; k < known; ++k) {
-      const int64_t g = k / weight.group, group = column / weight.group + g;
-      const int value = chunk.values[0][k / 4 * 64 + lane * 4 + k % 4];
-      const int zero = weight.zeros
-                           ? weight.zeros[(panel * weight.groups() + group) * kPanel + lane]
-                           : weight.blocks.zero;
-      out[column + k] =
-          weight.blocks.low_factors != nullptr
-              ? to_bf16(static_cast<float>(value) * chunk.scales[0][g][lane] + chunk.lows[0][g][lane])
-              : to_bf16(static_cast<float>(value - zero) * chunk.scales[0][g][lane]);
-    }
-  }
-}

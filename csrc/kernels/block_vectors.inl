@@ -6,7 +6,8 @@
 typedef __m512i Integers;
 typedef __m512 Floats;
 constexpr int kParts = 1;
-constexpr int kOneRowPanels = 4, kFewRowsPanels = 2;  // at once: as many as registers allow
+// Panels at once, and the most rows: what registers allow.
+constexpr int kOneRowPanels = 4, kFewRowsPanels = 2, kBlockRows = 4;
 
 INLINE Integers load_table(const uint8_t* table) {
   return _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128((const __m128i*)table));
@@ -51,14 +52,14 @@ INLINE void multiply_quad(Integers& sum, Integers&, bool, Integers weights, Inte
   add_products(sum, weights, x);
 }
 template <int Bits>
-INLINE void fold_products(Integers&, Integers) {}
+INLINE void fold_products(Integers&, Integers&) {}
 
 #else
 
 typedef __m256i Integers;
 typedef __m256 Floats;
 constexpr int kParts = 2;
-constexpr int kOneRowPanels = 2, kFewRowsPanels = 1;
+constexpr int kOneRowPanels = 2, kFewRowsPanels = 1, kBlockRows = 4;
 
 INLINE Integers load_table(const uint8_t* table) {
   const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
@@ -88,7 +89,7 @@ INLINE void add_step(Integers& sum, Integers steps, int32_t total) {
 // Products of unsigned and signed bytes, two and two added, fit in 16 bits, and of so many quads of
 // columns together, if values have up to 6 bits. Those of 8 bits are made signed, 128 less.
 template <int Bits>
-constexpr int kNarrowQuads = Bits <= 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
+constexpr int kNarrowQuads = Bits < 4 ? 4 : Bits == 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
 
 INLINE Integers load_bytes(const uint8_t* from) {
   return _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)from), _mm256_set1_epi8(-128));
@@ -121,8 +122,9 @@ INLINE void multiply_quad(Integers& sum, Integers& narrow, bool first, Integers 
     add_pairs(narrow, weights, x);
 }
 template <int Bits>
-INLINE void fold_products(Integers& sum, Integers narrow) {
+INLINE void fold_products(Integers& sum, Integers& narrow) {
   if constexpr (Bits < 8) add_lanes(sum, narrow);
+  narrow = Integers{};
 }
 
 #endif
