@@ -174,13 +174,14 @@ static void block_rows(const BlockRows& in) {
   };
   // Groups [begin, end) share a scale of activations, and a factor if they have steps.
   const auto end_chunk = [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    if (parts.steps != nullptr)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors && parts.steps != nullptr; ++v) {
-      const int64_t place = factor_place(places, v, begin / parts.super);
-      const Floats factor = load_factors(parts.factors + place, parts.wide_factors);
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t place = factor_place(places, v, begin / parts.super);
+        const Floats factor = load_factors(parts.factors + place, parts.wide_factors);
 #pragma GCC unroll 4
-      for (int m = 0; m < Rows; ++m) part[m][v] = part[m][v] * factor;
-    }
+        for (int m = 0; m < Rows; ++m) part[m][v] = part[m][v] * factor;
+      }
     if (has_lows) add_lows(parts, places, offsets, begin, end, part);
 #pragma GCC unroll 4
     for (int m = 0; m < Rows; ++m) {
