@@ -6,7 +6,7 @@ constexpr int64_t kLeastGroup = 16;
 
 // Some columns of a panel.
 struct BlockChunk {
-  uint8_t values[kBlockColumns * kPanel];  // [columns / 4, 16, 4]
+  alignas(64) uint8_t values[kBlockColumns * kPanel];  // [columns / 4, 16, 4]
   float scales[kBlockColumns / kLeastGroup][kPanel];
   float lows[kBlockColumns / kLeastGroup][kPanel];
 };

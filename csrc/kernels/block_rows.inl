@@ -19,11 +19,12 @@ struct BlockRows {
 
 // Bits of each byte moved down, or up if `places` is negative. Some come from the byte beside it.
 INLINE Integers move_bits(Integers bytes, int places) {
-  return (Integers)(places < 0 ? (Words)bytes << static_cast<uint16_t>(-places)
-                               : (Words)bytes >> static_cast<uint16_t>(places));
+  const auto down = static_cast<uint16_t>(places), up = static_cast<uint16_t>(-places);
+  return (Integers)(places < 0 ? (Words)bytes << up : (Words)bytes >> down);
 }
 INLINE Integers mask_of(int bits, int place) {
-  return (Integers)(Bytes{} + static_cast<uint8_t>(((1 << bits) - 1) << place));
+  const auto mask = static_cast<uint8_t>(((1 << bits) - 1) << place);
+  return (Integers)(Bytes{} + mask);
 }
 INLINE Integers load_plane(const uint8_t* from) {
   Integers bytes;
@@ -269,7 +270,7 @@ static void multiply_block_rows(int64_t rows, int64_t panels, BlockRows in) {
 // c is [rows, c_stride], of `panels` panels.
 static void multiply_blocks(const LinearWeight& weight, const Prepared& x, int64_t panel,
                             int64_t panels, int64_t row, int64_t rows, float* c,
-                            int64_t c_stride) {
+                            int64_t c_stride, BlockChunk&) {
   const int64_t times = (rows + kBlockRows - 1) / kBlockRows, most = (rows + times - 1) / times;
   for (int64_t m = 0; m < rows; m += most) {
     const int64_t count = least(most, rows - m), ahead = m + count == rows ? panels : 0;

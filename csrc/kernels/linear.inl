@@ -9,6 +9,7 @@ INLINE int64_t panels_at_once(int64_t rows) { return rows <= kNarrowRows ? kMost
 
 static size_t linear_scratch(const LinearWeight& weight, int64_t rows) {
   size_t bytes = kRowsAtOnce * kMostPanels * kPanel * sizeof(float);
+  if (weight.format == Format::blocks) return bytes + sizeof(BlockChunk);
 #if HEADRACE_LEVEL >= 4
   if (rows > kNarrowRows && weight.format == Format::w4a8)
     bytes += static_cast<size_t>(2 * weight.padded_columns * kPanel);
@@ -136,7 +137,8 @@ static void linear(const LinearCall& call, int64_t begin, int64_t end, std::byte
           m += count;
         }
       else if (weight.format == Format::blocks)
-        multiply_blocks(weight, x, panel, panels, row, rows, c, c_stride);
+        multiply_blocks(weight, x, panel, panels, row, rows, c, c_stride,
+                        *reinterpret_cast<BlockChunk*>(c + kRowsAtOnce * kMostPanels * kPanel));
       else if (weight.format == Format::w8a8)
         multiply_integer<false>(weight, x, panel, panels, row, rows, c, c_stride);
       else
