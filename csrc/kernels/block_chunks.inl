@@ -1,5 +1,5 @@
-// Products with weights in planes of bits in plain C++: columns of a panel are brought to bytes in the
-// cache, and multiplied with all rows from there.
+// Products with weights in planes of bits in plain C++: columns of a panel are brought to bytes in
+// the cache, and multiplied with all rows from there.
 
 // Values as the table has them.
 INLINE void look_up(const uint8_t* table, int64_t count, uint8_t* values) {
@@ -22,12 +22,14 @@ static void multiply_chunk(const LinearWeight& weight, const Prepared& x, const 
   float part[kLanes] = {};
   for (int64_t g = 0; g < columns / weight.group; ++g) {
     int32_t sums[kLanes];
-    group_sums(chunk.values + g * weight.group * kPanel, a + g * weight.group, weight.group / 4, sums);
+    group_sums(chunk.values + g * weight.group * kPanel, a + g * weight.group, weight.group / 4,
+               sums);
     const int32_t offset = x.offsets[row * groups + first + g];
     if (weight.blocks.low_factors != nullptr) {
       const auto total = static_cast<float>(offset);
       for (int lane = 0; lane < kLanes; ++lane)
-        part[lane] += static_cast<float>(sums[lane]) * chunk.scales[g][lane] + total * chunk.lows[g][lane];
+        part[lane] +=
+            static_cast<float>(sums[lane]) * chunk.scales[g][lane] + total * chunk.lows[g][lane];
       continue;
     }
     const uint8_t* zeros =

@@ -1,5 +1,5 @@
-// Weights in planes of bits, whose groups have scales of one or two levels. 256 columns of a panel at a
-// time are brought to bytes here; most products take values as they lie.
+// Weights in planes of bits, whose groups have scales of one or two levels. 256 columns of a panel
+// at a time are brought to bytes here: for rows by themselves, and for portable products.
 
 constexpr int64_t kBlockColumns = kActivationGroup;
 constexpr int64_t kLeastGroup = 16;

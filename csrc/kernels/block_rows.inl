@@ -1,5 +1,5 @@
-// Rows times weights in planes of bits: values come from memory into registers as bytes, and go nowhere
-// else. A few rows at a time; more rows read the panels again, from a cache.
+// Rows times weights in planes of bits: values come from memory into registers as bytes, and go
+// nowhere else. A few rows at a time; the next ones read the panels again, from a cache.
 
 #include "block_vectors.inl"
 
@@ -34,7 +34,8 @@ INLINE Integers load_plane(const uint8_t* from) {
 
 // A vector of values, of columns 4 * quad to 4 * quad + 3, counted from where the planes point.
 template <int First, int Second, bool Table>
-INLINE Integers block_values(const uint8_t* first, const uint8_t* second, int quad, Integers table) {
+INLINE Integers block_values(const uint8_t* first, const uint8_t* second, int quad,
+                             Integers table) {
   if constexpr (First == 8) return load_bytes(first + quad * 64);
   constexpr int each = 8 / First, others = Second == 0 ? 1 : 8 / (Second == 0 ? 1 : Second);
   Integers values = move_bits(load_plane(first + quad / each * 64), First * (quad % each));
@@ -59,15 +60,15 @@ INLINE int64_t factor_place(const LevelPlaces& in, int v, int64_t super) {
 }
 
 // Scales of a group: its factors, or the steps that these are to be multiplied with.
-INLINE Floats group_scales(const BlockParts& parts, const LevelPlaces& places, int v, int64_t group) {
+INLINE Floats group_scales(const BlockParts& parts, const LevelPlaces& places, int v,
+                           int64_t group) {
   if (parts.steps != nullptr)
     return to_floats(load_steps(parts.steps + group_place(places, v, group)));
   const int64_t super = parts.super == 1 ? group : group / parts.super;
   return load_factors(parts.factors + factor_place(places, v, super), parts.wide_factors);
 }
 
-// value += lows of groups [begin, end) times sums of activations. Where groups have steps, they share
-// a factor.
+// value += lows of groups [begin, end) times sums of activations. Groups with steps share a factor.
 template <int Rows, int Vectors>
 INLINE void add_lows(const BlockParts& parts, const LevelPlaces& places, const int32_t* totals,
                      int64_t begin, int64_t end, Floats (&value)[Rows][Vectors]) {

@@ -12,14 +12,18 @@ constexpr int kOneRowPanels = 4, kFewRowsPanels = 2, kBlockRows = 4;
 INLINE Integers load_table(const uint8_t* table) {
   return _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128((const __m128i*)table));
 }
-INLINE Integers look_up(Integers table, Integers places) { return _mm512_shuffle_epi8(table, places); }
+INLINE Integers look_up(Integers table, Integers places) {
+  return _mm512_shuffle_epi8(table, places);
+}
 
 // value | (above & mask)
 INLINE Integers put_above(Integers value, Integers above, Integers mask) {
   return _mm512_ternarylogic_epi32(value, above, mask, 0xf8);
 }
 
-INLINE Integers repeat_quad(const int8_t* x) { return _mm512_set1_epi32(static_cast<int>(load32(x))); }
+INLINE Integers repeat_quad(const int8_t* x) {
+  return _mm512_set1_epi32(static_cast<int>(load32(x)));
+}
 INLINE Floats repeat(float value) { return _mm512_set1_ps(value); }
 INLINE Floats to_floats(Integers value) { return _mm512_cvtepi32_ps(value); }
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -65,10 +69,16 @@ INLINE Integers load_table(const uint8_t* table) {
   const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
   return _mm256_xor_si256(entries, _mm256_set1_epi8(-128));
 }
-INLINE Integers look_up(Integers table, Integers places) { return _mm256_shuffle_epi8(table, places); }
-INLINE Integers put_above(Integers value, Integers above, Integers mask) { return value | (above & mask); }
+INLINE Integers look_up(Integers table, Integers places) {
+  return _mm256_shuffle_epi8(table, places);
+}
+INLINE Integers put_above(Integers value, Integers above, Integers mask) {
+  return value | (above & mask);
+}
 
-INLINE Integers repeat_quad(const int8_t* x) { return _mm256_set1_epi32(static_cast<int>(load32(x))); }
+INLINE Integers repeat_quad(const int8_t* x) {
+  return _mm256_set1_epi32(static_cast<int>(load32(x)));
+}
 INLINE Floats repeat(float value) { return _mm256_set1_ps(value); }
 INLINE Floats to_floats(Integers value) { return _mm256_cvtepi32_ps(value); }
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -86,8 +96,8 @@ INLINE void add_step(Integers& sum, Integers steps, int32_t total) {
   sum = _mm256_add_epi32(sum, _mm256_madd_epi16(steps, _mm256_set1_epi32(total & 0xffff)));
 }
 
-// Products of unsigned and signed bytes, two and two added, fit in 16 bits, and of so many quads of
-// columns together, if values have up to 6 bits. Those of 8 bits are made signed, 128 less.
+// Quads of columns whose products, two and two added, 16 bits are sure to hold. Values of 8 bits
+// are made signed for that, kMovedBytes less.
 template <int Bits>
 constexpr int kNarrowQuads = Bits < 4 ? 4 : Bits == 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
 
@@ -97,23 +107,27 @@ INLINE Integers load_bytes(const uint8_t* from) {
 
 template <int Bits>
 INLINE Integers first_sum(const uint8_t* zeros, int32_t offset, bool has_lows) {
-  constexpr int moved = Bits == 8 ? 128 : 0;
+  constexpr int moved = Bits == 8 ? kMovedBytes : 0;
   if (has_lows) return _mm256_set1_epi32(moved * offset);
   if (zeros == nullptr) return _mm256_set1_epi32(offset);
-  const __m256i zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)zeros));
-  return _mm256_madd_epi16(_mm256_sub_epi32(zero, _mm256_set1_epi32(moved)), _mm256_set1_epi32(offset & 0xffff));
+  const __m256i stored = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)zeros));
+  const __m256i zero = _mm256_sub_epi32(stored, _mm256_set1_epi32(moved));
+  return _mm256_madd_epi16(zero, _mm256_set1_epi32(offset & 0xffff));
 }
 
 // sum += two products of 16 bits per lane of 32. Written out for the reason that add_pairs is.
 INLINE void add_lanes(Integers& sum, Integers pairs) {
   const __m256i ones = _mm256_set1_epi16(1);
   Integers products;
-  __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(pairs), "x"(ones));
+  __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+          : "+x"(sum), "=&x"(products)
+          : "x"(pairs), "x"(ones));
 }
 
 // The magnitude of a signed weight is the unsigned byte: that of -128 is one, too.
 template <int Bits>
-INLINE void multiply_quad(Integers& sum, Integers& narrow, bool first, Integers weights, Integers x) {
+INLINE void multiply_quad(Integers& sum, Integers& narrow, bool first, Integers weights,
+                          Integers x) {
   if constexpr (Bits == 8)
     add_lanes(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights)));
   else if (first)
