@@ -107,6 +107,8 @@ LinearWeight make_blocks(int64_t panels, int64_t rows, int64_t columns, int64_t 
   if (group < 16 || kActivationGroup % group != 0 || padded_columns % group != 0 ||
       padded_columns % 32 != 0)
     throw std::invalid_argument("group: must be 16 to 256 columns, and divide the stored ones");
+  if ((steps != 0 || low_steps != 0) && super * group % kActivationGroup != 0)
+    throw std::invalid_argument("steps: their factors must hold for multiples of 256 columns");
   LinearWeight weight{Format::blocks, panels, rows, columns, padded_columns, group, gated, nullptr,
                       nullptr, pointer<const uint8_t>(zeros), pointer<const float>(bias), {}};
   weight.blocks = BlockParts{

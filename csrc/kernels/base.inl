@@ -66,8 +66,14 @@ INLINE void load_scales(const LinearWeight& weight, int64_t panel, int64_t group
   for (int lane = 0; lane < kLanes; ++lane) scales[lane] = from_bf16(stored[lane]);
 }
 
+// AVX2 multiplies bytes of all eight bits as signed ones, 128 less.
+constexpr int kMovedBytes = HEADRACE_LEVEL == 1 ? 128 : 0;
+
 INLINE int symmetric_zero(const LinearWeight& weight) {
-  return weight.format == Format::w8a8 ? 128 : weight.format == Format::w4a8 ? 8 : weight.blocks.zero;
+  if (weight.format == Format::w8a8) return 128;
+  if (weight.format == Format::w4a8) return 8;
+  const bool bytes = weight.blocks.bits[0] == 8 || weight.blocks.table != nullptr;
+  return weight.blocks.zero - (bytes ? kMovedBytes : 0);
 }
 
 // One block of an integer product: some rows of activations times some panels of a weight.

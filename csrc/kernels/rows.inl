@@ -100,9 +100,8 @@ static void prepare(const LinearCall& call, int64_t begin, int64_t end) {
 
 static void rows_of(const LinearWeight& weight, const int64_t* ids, int64_t count, uint16_t* out) {
   if (weight.format == Format::blocks) {
-    BlockChunk chunk;
     for (int64_t i = 0; i < count; ++i)
-      row_of_blocks(weight, ids[i] / kPanel, ids[i] % kPanel, chunk, out + i * weight.columns);
+      row_of_blocks(weight, ids[i] / kPanel, ids[i] % kPanel, out + i * weight.columns);
     return;
   }
   const int64_t groups = weight.groups();

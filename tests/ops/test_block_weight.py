@@ -21,12 +21,17 @@ MODULE = extension.extension()
 assert MODULE is not None, "the tests need the native kernels: build the package with a compiler"
 ISAS = MODULE.supported_isas()
 
-TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+TABLE = (-128, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 127)
 LAYOUTS = {
     "4 bits": BlockLayout(4, 32, zero=8),
+    "4 bits, groups of 16": BlockLayout(4, 16, zero=8),
     "4 bits, groups of 128": BlockLayout(4, 128),
+    "4 bits, groups of 512": BlockLayout(4, 256, zero=8, super=2),
     "5 bits": BlockLayout(5, 32, zero=16),
+    "5 bits, lows": BlockLayout(5, 32),
     "8 bits": BlockLayout(8, 32, zero=128),
+    "8 bits, lows": BlockLayout(8, 64),
+    "8 bits, zeros": BlockLayout(8, 64),
     "2 bits, two levels": BlockLayout(2, 16, super=16),
     "3 bits, two levels": BlockLayout(3, 16, zero=4, super=16),
     "4 bits, two levels": BlockLayout(4, 32, super=8),
@@ -34,8 +39,8 @@ LAYOUTS = {
     "table": BlockLayout(4, 32, table=TABLE),
     "table, two levels": BlockLayout(4, 32, super=8, table=TABLE),
 }
-LOWS = ("2 bits, two levels", "4 bits, two levels")
-ZEROS = ("4 bits, groups of 128",)
+LOWS = ("2 bits, two levels", "4 bits, two levels", "5 bits, lows", "8 bits, lows")
+ZEROS = ("4 bits, groups of 128", "8 bits, zeros")
 
 
 def random_parts(name: str, rows: int, columns: int, wide: bool = False) -> BlockParts:
@@ -44,7 +49,8 @@ def random_parts(name: str, rows: int, columns: int, wide: bool = False) -> Bloc
     groups = -(-columns // layout.group)
     supers = -(-groups // layout.super)
     dtype = torch.bfloat16 if wide else torch.float16
-    size = (columns * 4.0 ** min(layout.bits, 7)) ** -0.5 / (20 if layout.super > 1 else 1)
+    two_levels = "two levels" in name
+    size = (columns * 4.0 ** min(layout.bits, 7)) ** -0.5 / (20 if two_levels else 1)
 
     def factors() -> Tensor:
         return (torch.randn(rows, supers) * size).to(dtype)
@@ -56,10 +62,12 @@ def random_parts(name: str, rows: int, columns: int, wide: bool = False) -> Bloc
     return BlockParts(
         torch.randint(0, 1 << layout.bits, (rows, columns), dtype=torch.uint8),
         factors(),
-        steps(0 if lows else -32) if layout.super > 1 else None,
+        steps(0 if lows else -32) if two_levels else None,
         factors() if lows else None,
-        steps(0) if lows else None,
-        torch.randint(0, 16, (rows, groups), dtype=torch.uint8) if name in ZEROS else None,
+        steps(0) if lows and two_levels else None,
+        torch.randint(0, 1 << layout.bits, (rows, groups), dtype=torch.uint8)
+        if name in ZEROS
+        else None,
     )
 
 
@@ -97,8 +105,9 @@ def test_values_stand_for_what_the_layout_says(name: str) -> None:
         value = int(parts.values[row, column])
         scale = float(parts.factors[row, place])
         scale *= 1 if parts.steps is None else int(parts.steps[row, group])
-        if parts.low_factors is not None and parts.low_steps is not None:
-            low = float(parts.low_factors[row, place]) * int(parts.low_steps[row, group])
+        if parts.low_factors is not None:
+            low = float(parts.low_factors[row, place])
+            low *= 1 if parts.low_steps is None else int(parts.low_steps[row, group])
             wanted = scale * value + low
         else:
             zero = layout.zero if parts.zeros is None else int(parts.zeros[row, group])
@@ -116,7 +125,8 @@ def test_bytes_are_those_of_the_bits() -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(
-    ("rows", "columns", "gated"), [(16, 256, False), (40, 512, False), (100, 768, True)]
+    ("rows", "columns", "gated"),
+    [(16, 256, False), (7, 301, False), (40, 512, False), (100, 768, True)],
 )
 def test_kernels(
     context: extension._native.Context, name: str, rows: int, columns: int, gated: bool
@@ -146,9 +156,28 @@ def test_kernels(
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+def test_the_largest_products(context: extension._native.Context, name: str) -> None:
+    """Values and activations at the ends of their ranges: what sums are kept in holds them."""
+    torch.manual_seed(4)
+    layout, parts = LAYOUTS[name], random_parts(name, 64, 512)
+    highest = (1 << layout.bits) - 1
+    parts.values[:16], parts.values[16:32] = highest, 0
+    parts.values[32:48, ::2] = highest
+    weight = pack_blocks(parts, layout)
+    x = torch.ones(4, 512).bfloat16()
+    x[1], x[2, ::2], x[3, 1::2] = -1, -1, -1
+    reference, linear = (
+        ops.blocks(weight) for ops in (ReferenceLinear(torch.float32), NativeLinearOps(context))
+    )
+    for rows in (x, *x.split(1)):
+        found = linear(rows, out_dtype=torch.float32)
+        torch.testing.assert_close(found, reference(rows.float()), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_rows(context: extension._native.Context, name: str) -> None:
     torch.manual_seed(3)
-    weight = pack_blocks(random_parts(name, 70, 512), LAYOUTS[name])
+    weight = pack_blocks(random_parts(name, 70, 499), LAYOUTS[name])
     ids = torch.tensor([69, 0, 17, 17])
     found = NativeLinearOps(context).blocks(weight).rows(ids)
     expected = ReferenceLinear(torch.bfloat16).blocks(weight).rows(ids)
@@ -163,3 +192,13 @@ def test_scales_that_are_not_finite_reach_the_result(context: extension._native.
     out = linear(torch.ones(1, 64).bfloat16())[0]
     assert out.isnan()[3] and not out.isfinite()[5]
     assert out.isfinite().sum() == 14
+
+
+def test_factors_that_hold_for_less_than_a_scale_of_activations_does(
+    context: extension._native.Context,
+) -> None:
+    layout = BlockLayout(4, 32, super=4)
+    steps = torch.ones(16, 8, dtype=torch.int8)
+    parts = BlockParts(torch.zeros(16, 256, dtype=torch.uint8), torch.ones(16, 2).half(), steps)
+    with pytest.raises(ValueError, match="steps: their factors must hold for multiples of 256"):
+        NativeLinearOps(context).blocks(pack_blocks(parts, layout))

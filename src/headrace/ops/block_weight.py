@@ -49,7 +49,7 @@ class BlockLayout:
         bits: of a value: 2, 3, 4, 5, 6 or 8.
         group: columns that share a scale: 16 to 256.
         zero: the value that stands for 0, where groups have neither lows nor zeros of their own.
-        super: groups that share a factor.
+        super: groups that share a factor. If they have steps, 256 columns share it or a multiple.
         table: of 16 signed values, for values of 4 bits.
     """
 
