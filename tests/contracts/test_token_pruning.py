@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 
 from headrace.contracts.cache import LayerState, PlaneSpec, attention_state
@@ -49,6 +52,17 @@ def test_models_that_do_not_fit(
     facts = ModelFacts(tuple(layers), 128, 16, **{"causal": True, **options})
     with pytest.raises(ValueError, match=message):
         METHOD.check(facts)
+
+
+@pytest.mark.parametrize("wrong", [lambda tokens: tokens + 1, lambda tokens: 0])
+def test_no_stage_has_more_than_the_one_before_or_nothing(wrong: Callable[[int], int]) -> None:
+    @dataclass(frozen=True, slots=True)
+    class Wrong(HashedTokens):
+        def left(self, stage: int, tokens: int) -> int:
+            return wrong(tokens) if (stage, tokens) == (2, 5) else 1
+
+    with pytest.raises(ValueError, match=r"of 5 tokens, it leaves \[5, 1, [06]\] to the stages"):
+        Wrong(part=8).check(ModelFacts((ATTENTION,) * 3, 128, 16, True))
 
 
 def test_a_model_that_fits() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from headrace import RequestOutput, SamplingParams
 from headrace.contracts.kv_codec import KVCodec
 from headrace.errors import ConfigurationError, InvalidRequestError
+from headrace.exec.pruning.slim_infer import SlimInfer
 from tests.models.expected import TOLERANCE, Expected, greedy, load, prompt_of
 from tests.support.architectures import CONTEXT, VOCAB
 from tests.support.checkpoints import make_model, save_checkpoint
@@ -313,6 +314,44 @@ def test_what_needs_all_tokens_is_refused(expected: Expected) -> None:
         assert profile
         embedded = llm.embed([prompt_of(40)], methods={})
         assert embedded[0].embedding is not None
+
+
+@pytest.mark.parametrize("choice", [{}, None], ids=["plain", "pruned"])
+def test_what_is_not_a_number_fails_the_row(
+    expected: Expected, choice: dict[str, Any] | None
+) -> None:
+    with load(expected.directory, methods=(METHOD,), **OPTIONS) as llm:
+        layer = llm.engine.runner._forward.loop._model.layers[0]
+        inner = layer.feed
+        layer.feed = lambda hidden, *rest: inner(hidden, *rest) * math.nan
+        [output] = llm.generate([prompt_of(32)], greedy(1), methods=choice)
+        llm.engine.check_integrity()
+    assert output.error is not None and "logits are not finite" in output.error
+
+
+def test_blocks_that_matter_alike_stay_in_their_order() -> None:
+    method = SlimInfer(layers="2", keep="0.5", span=32, block=4, unit=2)
+    alike = torch.full((2, 2, 4, 35), 0.25)
+    for weights in (alike, alike * math.nan):
+        for first in (True, False):
+            chosen = method.choose(weights, method.left(1, 35), first).tolist()
+            assert chosen == [*range(12), *range(28, 35)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda count: slice(0, count), lambda count: slice(-count - 1, None)]
+)
+def test_a_wrong_choice_names_the_method(
+    expected: Expected, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[int], slice]
+) -> None:
+    def choose(self: SlimInfer, weights: Tensor, count: int, first: bool) -> Tensor:
+        return torch.arange(weights.shape[-1])[wrong(count)]
+
+    monkeypatch.setattr(SlimInfer, "choose", choose)
+    with load(expected.directory, methods=(METHOD,), **OPTIONS) as llm:
+        [output] = llm.generate([prompt_of(32)], greedy(2))
+    assert output.error is not None
+    assert "slim-infer must choose 16 of 32 tokens" in output.error
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,12 @@ class TokenPruningMethod(Method):
                 f"feeds {self.part_tokens} tokens of a prompt in one step, in which a sequence is "
                 f"sure of {model.sure_inputs}; shorten the span, or raise max_num_batched_tokens"
             )
+        for tokens in range(1, self.part_tokens + 1):
+            counts = [tokens, *(self.left(stage, tokens) for stage in range(1, len(begins) + 1))]
+            if counts != sorted(counts, reverse=True) or counts[-1] < 1:
+                raise ValueError(
+                    f"of {tokens} tokens, it leaves {counts} to the stages, one by one"
+                )
 
     def shared_tokens(self, prompt_tokens: int) -> int | None:
         """None: which tokens a layer has follows from the parts of the whole prompt."""

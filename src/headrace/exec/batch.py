@@ -194,7 +194,7 @@ class BatchBuilder:
 
 def slots_of_group(rows: Sequence[PlanRow], group: int) -> Indices:
     """``[R]``: where the inputs of each row go in a cache group."""
-    return np.array([row.slot if row.slots is None else row.slots[group] for row in rows])
+    return np.array([row.slot_in(group) for row in rows])
 
 
 def _single_input(row: PlanRow, index: int) -> PlanRow:

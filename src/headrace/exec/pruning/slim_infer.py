@@ -90,11 +90,12 @@ class SlimInfer(TokenPruningMethod):
         tokens = weights.shape[-1]
         blocks, kept = tokens // self.block, count // self.block
         means = weights[..., : blocks * self.block].mean(dim=(0, 1, 2))
-        scores = means.view(blocks, -1, self.unit).mean(-1).amax(-1)
+        # Not a number would rank above what always stays: the last token has to fail of it.
+        scores = means.view(blocks, -1, self.unit).mean(-1).amax(-1).nan_to_num()
         scores[-1] = math.inf
         if first:
             scores[0] = math.inf
-        best = scores.topk(kept).indices.sort().values
+        best = scores.argsort(descending=True, stable=True)[:kept].sort().values
         places = torch.arange(tokens, device=weights.device)
         inner = places[: blocks * self.block].view(blocks, self.block)[best].flatten()
         return torch.cat((inner, places[blocks * self.block :]))
