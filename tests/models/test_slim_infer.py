@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from headrace import RequestOutput, SamplingParams
 from headrace.contracts.kv_codec import KVCodec
+from headrace.contracts.profile import Profile
+from headrace.contracts.step import Pooling
 from headrace.errors import ConfigurationError, InvalidRequestError
 from headrace.exec.pruning.slim_infer import SlimInfer
 from tests.models.expected import TOLERANCE, Expected, greedy, load, prompt_of
@@ -27,6 +30,9 @@ SPAN, BLOCK, UNIT, PAGE = 32, 4, 2, 4
 NAME = "slim-infer"
 METHOD = f"{NAME}:layers=2+4,keep=0.5+0.25,span={SPAN},block={BLOCK},unit={UNIT}"
 OPTIONS: dict[str, Any] = {"block_size": PAGE, "max_num_seqs": 4, "max_num_batched_tokens": 36}
+
+
+POOLINGS: tuple[Pooling, ...] = ("mean", "first")
 
 
 def make_expected(directory: Path) -> Expected:
@@ -310,10 +316,36 @@ def test_what_needs_all_tokens_is_refused(expected: Expected) -> None:
         with pytest.raises(InvalidRequestError, match="slim-infer drops tokens of the prompt"):
             llm.generate([prompt_of(20)], params)
         assert llm.generate([prompt_of(20)], params, methods={})[0].prompt_logprobs
-        profile = llm.methods.methods
-        assert profile
-        embedded = llm.embed([prompt_of(40)], methods={})
-        assert embedded[0].embedding is not None
+        for pooling in POOLINGS:
+            profile = Profile(methods=llm.methods.choose(None))
+            with pytest.raises(InvalidRequestError, match="the embedding is made of all tokens"):
+                llm.engine.check_request(prompt_of(40), greedy(0), pooling, profile)
+            llm.engine.check_request(prompt_of(40), greedy(0), pooling)
+            llm.engine.check_request(prompt_of(11), greedy(0), pooling, profile)
+
+
+def test_what_needs_all_tokens_goes_where_none_is_dropped(expected: Expected) -> None:
+    """Beside a prompt that loses some."""
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    prompts = [prompt_of(11), prompt_of(20), prompt_of(30)]
+    choices: list[Any] = [None, {NAME: {"keep": "1+1"}}, None]
+    with load(expected.directory, methods=(METHOD,), **OPTIONS) as llm:
+        plain = [llm.generate([prompt], params, methods={})[0] for prompt in prompts[:2]]
+        found = llm.generate(prompts, [params, params, greedy(1)], methods=choices)
+        llm._embedding = replace(llm._embedding, pooling="mean")
+        for choice, prompt in zip(choices, prompts[:2], strict=False):
+            [one], [other] = (llm.embed([prompt], methods=each) for each in (choice, {}))
+            assert one.embedding is not None and other.embedding is not None
+            assert abs(one.embedding - other.embedding).max() < TOLERANCE
+        with pytest.raises(InvalidRequestError, match="slim-infer drops tokens of the prompt"):
+            llm.generate([prompt_of(32 + 12)], params)
+    for one, other in zip(plain, found, strict=False):
+        assert one.prompt_logprobs and other.prompt_logprobs
+        for pair in zip(one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True):
+            mine, theirs = (
+                [each.logprob for each in (logprobs or {}).values()] for logprobs in pair
+            )
+            assert mine and mine == pytest.approx(theirs, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("choice", [{}, None], ids=["plain", "pruned"])
