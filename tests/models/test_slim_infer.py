@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from headrace import RequestOutput, SamplingParams
+from headrace.contracts.cache import attention_state, layout_of
 from headrace.contracts.kv_codec import KVCodec
 from headrace.contracts.profile import Profile
 from headrace.contracts.step import Pooling
@@ -348,6 +349,14 @@ def test_what_needs_all_tokens_goes_where_none_is_dropped(expected: Expected) ->
             assert mine and mine == pytest.approx(theirs, abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("layers", [16, 24, 28, 32, 36, 40, 48, 64, 80])
+def test_pages_are_full_by_default(layers: int) -> None:
+    state = attention_state(8, 128, "bfloat16")
+    layout = layout_of([state] * layers, 16, SlimInfer().begins(layers))
+    assert layout.token_bytes == layout_of([state] * layers, 16).token_bytes
+    assert len(layout.groups) == 4
+
+
 @pytest.mark.parametrize("choice", [{}, None], ids=["plain", "pruned"])
 def test_what_is_not_a_number_fails_the_row(
     expected: Expected, choice: dict[str, Any] | None
@@ -394,6 +403,9 @@ def test_a_wrong_choice_names_the_method(
         ("layers=0+2", "layers must be ascending, from 1 to 5 for this model, got 0, 2"),
         ("layers=2+6", "layers must be ascending, from 1 to 5 for this model, got 2, 6"),
         ("layers=a+b", "layers: give numbers"),
+        ("layers=2.0+4", "layers: give shares of at most 1, or whole numbers; got 2.0"),
+        ("layers=0.5+1e1", "layers: give shares of at most 1, or whole numbers; got 1e1"),
+        ("layers=0.5+1.0", "layers must be ascending, from 1 to 5 for this model, got 3, 6"),
         ("keep=0.2+0.4", "keep: shares must descend"),
         ("keep=1.2+0.4", "keep: shares must descend"),
         ("keep=0.5+0", "keep: shares must descend"),

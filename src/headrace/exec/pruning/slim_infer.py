@@ -25,7 +25,8 @@ class SlimInfer(TokenPruningMethod):
 
     Args:
         layers: before which blocks are dropped, as in 0.3+0.6 of the depth, or by number as in
-            10+20: ascending, the first layer being 0.
+            10+20: ascending, the first layer being 0. Pages are best filled where the layers
+            between two such points are as many everywhere, or a multiple.
         keep: share of a part's blocks that go on from each, as in 0.5+0.25.
         span: tokens of a part.
         block: tokens that stay or go together.
@@ -38,7 +39,7 @@ class SlimInfer(TokenPruningMethod):
         guarantee="lossy",
         request_options=("keep",),
     )
-    layers: str = "0.3+0.6"
+    layers: str = "0.25+0.75"
     keep: str = "0.5+0.25"
     span: int = 448
     block: int = 64
@@ -52,6 +53,9 @@ class SlimInfer(TokenPruningMethod):
                 found = [math.nan]
             if not all(0 <= each < math.inf for each in found):
                 raise ValueError(f"{name}: give numbers, as in 0.5+0.25; got {getattr(self, name)}")
+        for each in self.layers.split("+"):
+            if not each.isdecimal() and float(each) > 1:
+                raise ValueError(f"layers: give shares of at most 1, or whole numbers; got {each}")
         if len(self.shares) != len(self.layers.split("+")):
             raise ValueError(f"keep: give a share for each of the layers {self.layers}")
         descending = list(self.shares) == sorted(self.shares, reverse=True)
