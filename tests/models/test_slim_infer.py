@@ -266,6 +266,24 @@ def test_rows_and_pages_are_fewer(expected: Expected) -> None:
     assert peak == sum(layout.pages_for(count + 2) for count in left)
 
 
+def test_attention_is_planned_for_the_layers_to_come(
+    expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[tuple[int, list[bool]]] = []
+    with load(expected.directory, methods=(METHOD,), **OPTIONS) as llm:
+        builder = llm.engine.runner._forward.builder
+        inner = builder.build
+
+        def build(rows: Any, tables: Any, first: int = 0) -> Any:
+            batches = inner(rows, tables, first)
+            planned.extend((first, [plan is not None for plan in b.attention]) for b in batches)
+            return batches
+
+        monkeypatch.setattr(builder, "build", build)
+        llm.generate([prompt_of(30)], greedy(1))
+    assert planned == [(0, [True] * 3), (2, [False, True, True]), (4, [False, False, True])]
+
+
 def test_completions_of_one_prompt(expected: Expected) -> None:
     params = SamplingParams(n=4, seed=0, max_tokens=9, ignore_eos=True, detokenize=False)
     for rows in (4, 2):
