@@ -271,6 +271,11 @@ class MethodSet:
                 self.taps[method.name()].check(changed)
         except ValueError as error:
             raise InvalidRequestError(f"methods.{method.name()}", str(error)) from None
+        try:
+            changed.check_choice(method, self._model)
+        except ValueError as error:
+            field = f"methods.{method.name()}"
+            raise InvalidRequestError(field, f"{', '.join(options)}: {error}") from None
         return changed
 
 

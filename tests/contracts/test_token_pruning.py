@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 
 from headrace.contracts.cache import LayerState, PlaneSpec, attention_state
-from headrace.contracts.method import ModelFacts
+from headrace.contracts.method import MethodCard, ModelFacts
 from headrace.contracts.profile import Profile
 from headrace.contracts.token_pruning import StageSlots
+from headrace.errors import InvalidRequestError
+from headrace.methods import MethodSet
 from tests.engine.hashed_tokens import HashedTokens
 
 ATTENTION = attention_state(1, 8, "float32")
@@ -49,6 +55,54 @@ def test_models_that_do_not_fit(
     facts = ModelFacts(tuple(layers), 128, 16, **{"causal": True, **options})
     with pytest.raises(ValueError, match=message):
         METHOD.check(facts)
+
+
+@pytest.mark.parametrize("wrong", [lambda tokens: tokens + 1, lambda tokens: 0])
+def test_no_stage_has_more_than_the_one_before_or_nothing(wrong: Callable[[int], int]) -> None:
+    @dataclass(frozen=True, slots=True)
+    class Wrong(HashedTokens):
+        def left(self, stage: int, tokens: int) -> int:
+            return wrong(tokens) if (stage, tokens) == (2, 5) else 1
+
+    with pytest.raises(ValueError, match=r"of 5 tokens, it leaves \[5, 1, [06]\] to the stages"):
+        Wrong(part=8).check(ModelFacts((ATTENTION,) * 3, 128, 16, True))
+
+
+@dataclass(frozen=True, slots=True)
+class Later(HashedTokens):
+    """Stages from one layer on, that requests may ask for."""
+
+    card: ClassVar[MethodCard] = MethodCard("", "", "lossy", request_options=("first", "part"))
+    first: int = 1
+
+    def begins(self, layers: int) -> tuple[int, ...]:
+        return tuple(range(self.first, layers))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"first": 2},
+            "first: the cache is laid out for tokens that are dropped before the layers",
+        ),
+        ({"part": 9}, "part: feeds 9 tokens of a prompt in one step"),
+    ],
+)
+def test_requests_cannot_change_what_the_engine_was_laid_out_for(
+    options: dict[str, int], message: str
+) -> None:
+    facts = ModelFacts((ATTENTION,) * 3, 128, 16, True, sure_inputs=8)
+    methods = MethodSet([Later(part=8)], facts)
+    assert methods.choose({Later.name(): {"first": 1, "part": 4}}) == (Later(part=4),)
+    with pytest.raises(InvalidRequestError, match=message):
+        methods.choose({Later.name(): options})
+
+
+def test_a_prompt_of_which_nothing_is_dropped() -> None:
+    assert not METHOD.drops(1, 21)
+    assert [METHOD.drops(2, prompt) for prompt in (1, 2, 3)] == [False, True, True]
+    assert not HashedTokens(part=8, share=1.0).drops(3, 21)
 
 
 def test_a_model_that_fits() -> None:

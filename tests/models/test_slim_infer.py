@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ import transformers
 from torch import Tensor
 
 from headrace import RequestOutput, SamplingParams
+from headrace.contracts.cache import attention_state, layout_of
 from headrace.contracts.kv_codec import KVCodec
+from headrace.contracts.profile import Profile
+from headrace.contracts.step import Pooling
 from headrace.errors import ConfigurationError, InvalidRequestError
+from headrace.exec.pruning.slim_infer import SlimInfer
 from tests.models.expected import TOLERANCE, Expected, greedy, load, prompt_of
 from tests.support.architectures import CONTEXT, VOCAB
 from tests.support.checkpoints import make_model, save_checkpoint
@@ -26,6 +31,9 @@ SPAN, BLOCK, UNIT, PAGE = 32, 4, 2, 4
 NAME = "slim-infer"
 METHOD = f"{NAME}:layers=2+4,keep=0.5+0.25,span={SPAN},block={BLOCK},unit={UNIT}"
 OPTIONS: dict[str, Any] = {"block_size": PAGE, "max_num_seqs": 4, "max_num_batched_tokens": 36}
+
+
+POOLINGS: tuple[Pooling, ...] = ("mean", "first")
 
 
 def make_expected(directory: Path) -> Expected:
@@ -258,6 +266,24 @@ def test_rows_and_pages_are_fewer(expected: Expected) -> None:
     assert peak == sum(layout.pages_for(count + 2) for count in left)
 
 
+def test_attention_is_planned_for_the_layers_to_come(
+    expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[tuple[int, list[bool]]] = []
+    with load(expected.directory, methods=(METHOD,), **OPTIONS) as llm:
+        builder = llm.engine.runner._forward.builder
+        inner = builder.build
+
+        def build(rows: Any, tables: Any, first: int = 0) -> Any:
+            batches = inner(rows, tables, first)
+            planned.extend((first, [plan is not None for plan in b.attention]) for b in batches)
+            return batches
+
+        monkeypatch.setattr(builder, "build", build)
+        llm.generate([prompt_of(30)], greedy(1))
+    assert planned == [(0, [True] * 3), (2, [False, True, True]), (4, [False, False, True])]
+
+
 def test_completions_of_one_prompt(expected: Expected) -> None:
     params = SamplingParams(n=4, seed=0, max_tokens=9, ignore_eos=True, detokenize=False)
     for rows in (4, 2):
@@ -309,10 +335,82 @@ def test_what_needs_all_tokens_is_refused(expected: Expected) -> None:
         with pytest.raises(InvalidRequestError, match="slim-infer drops tokens of the prompt"):
             llm.generate([prompt_of(20)], params)
         assert llm.generate([prompt_of(20)], params, methods={})[0].prompt_logprobs
-        profile = llm.methods.methods
-        assert profile
-        embedded = llm.embed([prompt_of(40)], methods={})
-        assert embedded[0].embedding is not None
+        for pooling in POOLINGS:
+            profile = Profile(methods=llm.methods.choose(None))
+            with pytest.raises(InvalidRequestError, match="the embedding is made of all tokens"):
+                llm.engine.check_request(prompt_of(40), greedy(0), pooling, profile)
+            llm.engine.check_request(prompt_of(40), greedy(0), pooling)
+            llm.engine.check_request(prompt_of(11), greedy(0), pooling, profile)
+
+
+def test_what_needs_all_tokens_goes_where_none_is_dropped(expected: Expected) -> None:
+    """Beside a prompt that loses some."""
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    prompts = [prompt_of(11), prompt_of(20), prompt_of(30)]
+    choices: list[Any] = [None, {NAME: {"keep": "1+1"}}, None]
+    with load(expected.directory, methods=(METHOD,), **OPTIONS) as llm:
+        plain = [llm.generate([prompt], params, methods={})[0] for prompt in prompts[:2]]
+        found = llm.generate(prompts, [params, params, greedy(1)], methods=choices)
+        llm._embedding = replace(llm._embedding, pooling="mean")
+        for choice, prompt in zip(choices, prompts[:2], strict=False):
+            [one], [other] = (llm.embed([prompt], methods=each) for each in (choice, {}))
+            assert one.embedding is not None and other.embedding is not None
+            assert abs(one.embedding - other.embedding).max() < TOLERANCE
+        with pytest.raises(InvalidRequestError, match="slim-infer drops tokens of the prompt"):
+            llm.generate([prompt_of(32 + 12)], params)
+    for one, other in zip(plain, found, strict=False):
+        assert one.prompt_logprobs and other.prompt_logprobs
+        for pair in zip(one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True):
+            mine, theirs = (
+                [each.logprob for each in (logprobs or {}).values()] for logprobs in pair
+            )
+            assert mine and mine == pytest.approx(theirs, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("layers", [16, 24, 28, 32, 36, 40, 48, 64, 80])
+def test_pages_are_full_by_default(layers: int) -> None:
+    state = attention_state(8, 128, "bfloat16")
+    layout = layout_of([state] * layers, 16, SlimInfer().begins(layers))
+    assert layout.token_bytes == layout_of([state] * layers, 16).token_bytes
+    assert len(layout.groups) == 4
+
+
+@pytest.mark.parametrize("choice", [{}, None], ids=["plain", "pruned"])
+def test_what_is_not_a_number_fails_the_row(
+    expected: Expected, choice: dict[str, Any] | None
+) -> None:
+    with load(expected.directory, methods=(METHOD,), **OPTIONS) as llm:
+        layer = llm.engine.runner._forward.loop._model.layers[0]
+        inner = layer.feed
+        layer.feed = lambda hidden, *rest: inner(hidden, *rest) * math.nan
+        [output] = llm.generate([prompt_of(32)], greedy(1), methods=choice)
+        llm.engine.check_integrity()
+    assert output.error is not None and "logits are not finite" in output.error
+
+
+def test_blocks_that_matter_alike_stay_in_their_order() -> None:
+    method = SlimInfer(layers="2", keep="0.5", span=32, block=4, unit=2)
+    alike = torch.full((2, 2, 4, 35), 0.25)
+    for weights in (alike, alike * math.nan):
+        for first in (True, False):
+            chosen = method.choose(weights, method.left(1, 35), first).tolist()
+            assert chosen == [*range(12), *range(28, 35)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda count: slice(0, count), lambda count: slice(-count - 1, None)]
+)
+def test_a_wrong_choice_names_the_method(
+    expected: Expected, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[int], slice]
+) -> None:
+    def choose(self: SlimInfer, weights: Tensor, count: int, first: bool) -> Tensor:
+        return torch.arange(weights.shape[-1])[wrong(count)]
+
+    monkeypatch.setattr(SlimInfer, "choose", choose)
+    with load(expected.directory, methods=(METHOD,), **OPTIONS) as llm:
+        [output] = llm.generate([prompt_of(32)], greedy(2))
+    assert output.error is not None
+    assert "slim-infer must choose 16 of 32 tokens" in output.error
 
 
 @pytest.mark.parametrize(
@@ -323,6 +421,9 @@ def test_what_needs_all_tokens_is_refused(expected: Expected) -> None:
         ("layers=0+2", "layers must be ascending, from 1 to 5 for this model, got 0, 2"),
         ("layers=2+6", "layers must be ascending, from 1 to 5 for this model, got 2, 6"),
         ("layers=a+b", "layers: give numbers"),
+        ("layers=2.0+4", "layers: give shares of at most 1, or whole numbers; got 2.0"),
+        ("layers=0.5+1e1", "layers: give shares of at most 1, or whole numbers; got 1e1"),
+        ("layers=0.5+1.0", "layers must be ascending, from 1 to 5 for this model, got 3, 6"),
         ("keep=0.2+0.4", "keep: shares must descend"),
         ("keep=1.2+0.4", "keep: shares must descend"),
         ("keep=0.5+0", "keep: shares must descend"),

@@ -119,6 +119,10 @@ class Method(ABC):
         """Raise ValueError if the model lacks what it needs, saying what."""
         return None
 
+    def check_choice(self, loaded: Method, model: ModelFacts) -> None:
+        """Raise ValueError if a request cannot have it in place of ``loaded``, saying why."""
+        return None
+
     def cache_key(self) -> Method | None:
         """What KV bytes depend on of it, as a method; ``None``: they are the plain model's."""
         return self

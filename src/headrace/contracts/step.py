@@ -161,6 +161,10 @@ class PlanRow:
     draft_room: int = 0
     slots: Sequence[int] | None = None
 
+    def slot_in(self, group: int) -> int:
+        """The first slot that is written in a cache group."""
+        return self.slot if self.slots is None else self.slots[group]
+
     @property
     def ends_prompt(self) -> bool:
         """Whether the prompt's last token is among the inputs: the first that is drawn from."""

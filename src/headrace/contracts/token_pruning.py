@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from headrace.contracts.cache import MOST_GROUPS
-from headrace.contracts.method import Method, ModelFacts, Property
+from headrace.contracts.method import Method, ModelFacts, Property, of_kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,11 +89,36 @@ class TokenPruningMethod(Method):
             )
         if len(begins) >= MOST_GROUPS:
             raise ValueError(f"layers: name at most {MOST_GROUPS - 1}, got {len(begins)}")
+        self._check_part(model)
+        for tokens in range(1, self.part_tokens + 1):
+            counts = [tokens, *(self.left(stage, tokens) for stage in range(1, len(begins) + 1))]
+            if counts != sorted(counts, reverse=True) or counts[-1] < 1:
+                raise ValueError(
+                    f"of {tokens} tokens, it leaves {counts} to the stages, one by one"
+                )
+
+    def check_choice(self, loaded: Method, model: ModelFacts) -> None:
+        """The cache is laid out for the stages of the one that is loaded."""
+        layers = len(model.layers)
+        for method in of_kind((loaded,), TokenPruningMethod):
+            if self.begins(layers) != method.begins(layers):
+                raise ValueError(
+                    "the cache is laid out for tokens that are dropped before the layers "
+                    f"{', '.join(map(str, method.begins(layers)))}; these cannot be changed"
+                )
+        self._check_part(model)
+
+    def _check_part(self, model: ModelFacts) -> None:
         if self.part_tokens > model.sure_inputs:
             raise ValueError(
                 f"feeds {self.part_tokens} tokens of a prompt in one step, in which a sequence is "
                 f"sure of {model.sure_inputs}; shorten the span, or raise max_num_batched_tokens"
             )
+
+    def drops(self, stages: int, prompt_tokens: int) -> bool:
+        """Whether the last of so many stages has less than all of a prompt."""
+        slots = StageSlots(self, self.boundaries(prompt_tokens))
+        return slots.after(stages - 1, prompt_tokens) < prompt_tokens
 
     def shared_tokens(self, prompt_tokens: int) -> int | None:
         """None: which tokens a layer has follows from the parts of the whole prompt."""

@@ -142,7 +142,7 @@ class Engine:
             raise InvalidRequestError(
                 "prompt", f"has {length} tokens; the context holds {context}, output included"
             )
-        self._check_pruning(params, pooling, profile)
+        self._check_pruning(length, params, pooling, profile)
         if gang_method(profile.methods, params.n) is not None and params.max_tokens != 0:
             return self._check_gang(length, params, beginnings)
         if params.max_tokens is None:
@@ -155,17 +155,22 @@ class Engine:
             )
         return params.max_tokens
 
-    @staticmethod
-    def _check_pruning(params: SamplingParams, pooling: Pooling | None, profile: Profile) -> None:
+    def _check_pruning(
+        self, length: int, params: SamplingParams, pooling: Pooling | None, profile: Profile
+    ) -> None:
         """Some tokens of the prompt may not come out of the last layer."""
+        if params.prompt_logprobs is None and pooling not in ("mean", "first"):
+            return
+        stages = self.scheduler.accounting.layout.num_stages
         for method in of_kind(profile.methods, TokenPruningMethod):
+            if not method.drops(stages, length):
+                continue
             drops = f"{method.name()} drops tokens of the prompt; leave it out for this request"
             if params.prompt_logprobs is not None:
                 raise InvalidRequestError("prompt_logprobs", drops)
-            if pooling in ("mean", "first"):
-                raise InvalidRequestError(
-                    "methods", f"the embedding is made of all tokens, and {drops}"
-                )
+            raise InvalidRequestError(
+                "methods", f"the embedding is made of all tokens, and {drops}"
+            )
 
     def _check_gang(
         self, prompt: int, params: SamplingParams, beginnings: SequenceOf[SequenceOf[int]]

@@ -47,7 +47,8 @@ class Request:
     ``gang``: of its sequences, if they are one. ``drafting`` guesses its tokens. Its KV is coded
     in ``units``, one for each cache group, if at all. Where layers drop tokens of the prompt,
     ``stages`` says how many slots each has, and the boundaries are those of methods alone: what is
-    dropped follows from them.
+    dropped follows from them. ``most_prompt_pages``, for each cache group: what the prompt takes at
+    most at once while it is read, if it is coded and that has been asked.
     """
 
     __slots__ = (
@@ -58,6 +59,7 @@ class Request:
         "kv_policy",
         "max_tokens",
         "metrics",
+        "most_prompt_pages",
         "num_shareable",
         "params",
         "pooled",
@@ -96,6 +98,7 @@ class Request:
         for method in of_kind(profile.methods, TokenPruningMethod):
             boundaries = ()
             self.stages = StageSlots(method, sorted(asked))
+        self.most_prompt_pages: list[int] = []
         self.boundaries = tuple(sorted({*boundaries, *asked}))
         self.pooling: Pooling | None = pooling
         self.pooled: npt.NDArray[np.float32] | None = None
@@ -243,10 +246,9 @@ class Sequence:
         Where layers drop tokens, a step feeds all of these if they are a part of the prompt.
         """
         end = len(self.token_ids)
-        for boundary in self.request.boundaries:
-            if boundary > self.num_fed:
-                end = boundary
-                break
+        boundaries = self.request.boundaries
+        if boundaries and boundaries[-1] > self.num_fed:
+            end = next(boundary for boundary in boundaries if boundary > self.num_fed)
         if self.request.schedule is not None:
             end = min(end, self.request.schedule.next_stop(self.num_fed))
         if self.request.stages is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 from headrace.contracts.cache import CacheLayout
@@ -80,34 +79,64 @@ class StagePages:
     def _most(self, request: Request, index: int, tokens: int) -> int:
         stages, stage = request.stages, self._layout.groups[index].stage
         assert stages is not None
-        end = stages.after(stage, tokens)
+        slots = stages.after(stage, tokens)
         if not request.units:
-            return self._layout.pages_for(end)
+            return self._layout.pages_for(slots)
         unit = request.units[index]
-        generated = end // unit.slots * unit.pages + self._layout.pages_for(min(end, unit.slots))
-        found = [generated]
+        own = self._layout.pages_for(min(slots, unit.slots))
+        if not request.most_prompt_pages:
+            groups = range(len(self._layout.groups))
+            request.most_prompt_pages = [self._most_of_prompt(request, each) for each in groups]
+        return max(slots // unit.slots * unit.pages + own, request.most_prompt_pages[index])
+
+    def _most_of_prompt(self, request: Request, index: int) -> int:
+        """The same while the prompt is read, whose parts are coded when their step ends."""
+        stages, stage, most = request.stages, self._layout.groups[index].stage, 0
+        assert stages is not None
+        unit = request.units[index]
         for begin, end in stages.parts:
             coded, own = divmod(stages.after(stage, begin), unit.slots)
             own += stages.after(stage, end) - stages.after(stage, begin)
             units = coded + own // unit.slots
-            found.append(units * unit.pages + self._layout.pages_for(own))
-        return max(found)
+            most = max(most, units * unit.pages + self._layout.pages_for(own))
+        return most
 
     def reserve(self, sequence: Sequence, count: int, plan: StepPlan, available: int) -> int:
         """As ``CacheAccounting.reserve``; of a part of a prompt, all slots or none."""
-        needed = partial(self._needed, sequence)
-        if needed(count) > available:
-            if sequence.num_fed < len(sequence.request.prompt_token_ids):
+        in_prompt = sequence.num_fed < len(sequence.request.prompt_token_ids)
+        if not in_prompt and self._has_room(sequence, count):
+            return count
+
+        def growths(count: int) -> list[_Growth]:
+            groups = range(len(self._layout.groups))
+            return [self._growth(sequence, index, count) for index in groups]
+
+        def needed(found: list[_Growth]) -> int:
+            return sum(growth.pages for growth in found)
+
+        found = growths(count)
+        if needed(found) > available:
+            if in_prompt:
                 return 0
-            count = bisect_right(range(1, count + 1), available, key=needed)
+            count = bisect_right(
+                range(1, count + 1), available, key=lambda fewer: needed(growths(fewer))
+            )
+            found = growths(count)
         if count:
-            for index in range(len(self._layout.groups)):
-                self._grow(sequence, index, count, plan)
+            for index, growth in enumerate(found):
+                self._grow(sequence, index, growth, plan)
         return count
 
-    def _needed(self, sequence: Sequence, count: int) -> int:
-        groups = range(len(self._layout.groups))
-        return sum(self._growth(sequence, index, count).pages for index in groups)
+    def _has_room(self, sequence: Sequence, count: int) -> bool:
+        """Whether so many generated tokens take no pages: nothing is added, filled or copied."""
+        size, references = self._layout.block_size, self._pool.references
+        for held in sequence.groups:
+            slots = held.slots + count
+            # Where there is room, the last page is partly filled: what is shared is copied.
+            if slots > len(held.tail) * size or references[held.tail[-1]] > 1:
+                return False
+        units = zip(sequence.groups, sequence.request.units, strict=False)
+        return all(held.slots + count < unit.slots for held, unit in units)
 
     def _growth(self, sequence: Sequence, index: int, count: int) -> _Growth:
         stages, group = sequence.request.stages, self._layout.groups[index]
@@ -123,8 +152,8 @@ class StagePages:
         tail = self._layout.pages_for(held.slots + more) - len(held.tail)
         return _Growth(more, tail, units, unit_pages, shared)
 
-    def _grow(self, sequence: Sequence, index: int, count: int, plan: StepPlan) -> None:
-        held, growth = sequence.groups[index], self._growth(sequence, index, count)
+    def _grow(self, sequence: Sequence, index: int, growth: _Growth, plan: StepPlan) -> None:
+        held = sequence.groups[index]
         table = self._tables[index, sequence.table_row]
         if growth.copies:
             [page] = self._take(1)

@@ -32,7 +32,7 @@ class ForwardBatch:
         input_ids, positions: ``[T]``.
         rows: which of them belong together.
         past: int64 ``[R]``: slots before the inputs of each row, where groups do not differ.
-        attention: one plan per cache group.
+        attention: one plan per cache group; ``None`` for those of no layer that is to come.
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
         tapped: name of a method with a tap -> the inputs that it is for.
         observed: the rows whose attention is noted.
@@ -79,29 +79,31 @@ class BatchBuilder:
         self._causal = causal
         self._groups = range(arena.num_tables)
 
-    def build(self, rows: Sequence[PlanRow], tables: PageTables) -> list[ForwardBatch]:
-        """The micro-batches, in the order in which they must run."""
+    def build(
+        self, rows: Sequence[PlanRow], tables: PageTables, first: int = 0
+    ) -> list[ForwardBatch]:
+        """The micro-batches, in the order in which they must run, for layers from ``first`` on."""
         if not self._placement.on_disk:
-            return self._build(rows, tables)
+            return self._build(rows, tables, first)
         batches = []
         for block, part in enumerate(self._placement.split(rows, self._arena.layout)):
-            for batch in self._build(part, self._arena.tables_of(block, part, tables)):
+            for batch in self._build(part, self._arena.tables_of(block, part, tables), first):
                 batch.block = block
                 batches.append(batch)
         return batches
 
-    def _build(self, rows: Sequence[PlanRow], tables: PageTables) -> list[ForwardBatch]:
+    def _build(self, rows: Sequence[PlanRow], tables: PageTables, first: int) -> list[ForwardBatch]:
         if not self._ops.batch_invariant:
-            return [self._batch(rows, tables)]
+            return [self._batch(rows, tables, first)]
         if not self._causal:
-            return [self._batch([row], tables) for row in rows]
+            return [self._batch([row], tables, first) for row in rows]
         return [
-            self._batch([_single_input(row, index)], tables)
+            self._batch([_single_input(row, index)], tables, first)
             for row in rows
             for index in range(len(row.input_ids))
         ]
 
-    def _batch(self, rows: Sequence[PlanRow], tables: PageTables) -> ForwardBatch:
+    def _batch(self, rows: Sequence[PlanRow], tables: PageTables, first: int) -> ForwardBatch:
         ids = [token for row in rows for token in row.input_ids]
         positions = [position for row in rows for position in row.positions]
         lengths = np.array([len(row.input_ids) for row in rows])
@@ -110,13 +112,13 @@ class BatchBuilder:
         differ = any(row.slots is not None for row in rows)
         used = [row.table_row for row in rows]
         size = self._arena.layout.block_size
-        plans = []
-        for group in self._groups:
+        plans: list[Any] = [None] * len(self._groups)
+        for group in self._arena.groups_from(first) if first else self._groups:
             plane = self._arena.group_plane(group)
             slots = slots_of_group(rows, group) - begins if differ else past
             pages = pages_from(tables[group], used, begins, slots + lengths, size)
             shape = StepShape.of_one_group(lengths, slots, pages, plane.heads)
-            plans.append(self._ops.attention.plan(shape, plane))
+            plans[group] = self._ops.attention.plan(shape, plane)
         batch = ForwardBatch(
             self._tensor(ids),
             self._tensor(positions),
@@ -194,7 +196,7 @@ class BatchBuilder:
 
 def slots_of_group(rows: Sequence[PlanRow], group: int) -> Indices:
     """``[R]``: where the inputs of each row go in a cache group."""
-    return np.array([row.slot if row.slots is None else row.slots[group] for row in rows])
+    return np.array([row.slot_in(group) for row in rows])
 
 
 def _single_input(row: PlanRow, index: int) -> PlanRow:

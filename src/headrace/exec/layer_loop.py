@@ -186,12 +186,12 @@ class LayerLoop:
         self,
         batches: Sequence[ForwardBatch],
         route: Route,
-        build: Callable[[Sequence[PlanRow]], Sequence[ForwardBatch]],
+        build: Callable[[Sequence[PlanRow], int], Sequence[ForwardBatch]],
     ) -> Tensor:
         """The same where rows may leave: all micro-batches reach an exit before any goes on.
 
         Args:
-            build: micro-batches of the rows that go on.
+            build: micro-batches of the rows that go on, for layers from one on.
         """
         hidden = torch.cat([self._embed(batch) for batch in batches])
         first = 0
@@ -200,7 +200,7 @@ class LayerLoop:
             first = layer
             parted = route.part(layer, hidden)
             if parted is not None:
-                hidden, batches = parted, build(route.rows) if route.rows else ()
+                hidden, batches = parted, build(route.rows, layer) if route.rows else ()
         return route.join(self._run_between(batches, hidden, first, self.num_layers, route))
 
     @property

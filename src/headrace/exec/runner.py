@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -88,8 +87,9 @@ class LocalRunner(Runner):
         if route is None:
             hidden = self._forward.loop.run(batches)
         else:
-            build = partial(self._forward.builder.build, tables=tables)
-            hidden = self._forward.loop.run_routed(batches, route, build)
+            hidden = self._forward.loop.run_routed(
+                batches, route, lambda rows, first: self._forward.builder.build(rows, tables, first)
+            )
         results = [RowResult() for _ in plan.rows]
         self._reduce(plan, tables)
         logits = self._last_logits(plan, hidden, route)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -73,9 +74,16 @@ class _Way:
         """Inputs of the layers that it is fed to."""
         return len(self.row.input_ids)
 
-    def lose(self, chosen: Tensor) -> None:
-        """Go on with some of the inputs that are left, int64 ``[n]``, ascending."""
+    def lose(self, chosen: Tensor, count: int) -> None:
+        """Go on with ``count`` of the inputs that are left, int64 ``[count]``, ascending."""
         row, places = self.row, chosen.tolist()
+        ascending = all(one < other for one, other in pairwise([-1, *places]))
+        if len(places) != count or not ascending or places[-1] != self.passing - 1:
+            assert self.method is not None
+            raise ValueError(
+                f"{self.method.name()} must choose {count} of {self.passing} tokens, ascending and "
+                f"with the last among them; it chose {places}"
+            )
         loud = len(row.input_ids) - row.num_quiet
         self.kept = chosen if self.kept is None else self.kept[chosen]
         self.row = replace(
@@ -134,13 +142,12 @@ class PruningRoute(Route):
         for way, span in zip(self._ways, spans, strict=True):
             chosen = self._choose(layer, way)
             if chosen is not None:
-                way.lose(chosen)
                 span, changed = span[chosen], True
             pieces.append(span)
         return torch.cat(pieces) if changed else None
 
     def _choose(self, layer: int, way: _Way) -> Tensor | None:
-        """Which inputs of a row go on; ``None``: all."""
+        """Which inputs of a row go on, and do so; ``None``: all."""
         if way.method is None or layer not in way.begins:
             return None
         queries = torch.cat(way.queries)[-way.method.window :]
@@ -150,18 +157,21 @@ class PruningRoute(Route):
         if count == way.passing:
             return None
         weights = self._weights(layer - 1, way.row, queries, lse)
-        return way.method.choose(weights, count, way.first)
+        chosen = way.method.choose(weights, count, way.first)
+        way.lose(chosen, count)
+        return chosen
 
     def _weights(self, layer: int, row: PlanRow, queries: Tensor, lse: Tensor) -> Tensor:
         """What the last inputs of a row attended to among its inputs in a layer."""
         group, cache = self._arena.group_of(layer), self._arena.cache(layer)
-        past = row.slot if row.slots is None else row.slots[group]
-        end = past + len(row.input_ids)
-        table = self._tables[group, row.table_row, : self._arena.layout.pages_for(end)]
+        past, layout = row.slot_in(group), self._arena.layout
+        end, first = past + len(row.input_ids), past // layout.block_size
+        table = self._tables[group, row.table_row, first : layout.pages_for(end)]
         pages = torch.from_numpy(table.astype("int64")).to(queries.device)
-        before, spec = end - len(queries), self._specs[layer]
+        skipped, spec = first * layout.block_size, self._specs[layer]
+        before = end - len(queries) - skipped
         found = attention_weights(queries, lse, cache.keys, pages, before, spec)
-        return torch.cat([weights[..., past:] for _, weights in found], dim=2)
+        return torch.cat([weights[..., past - skipped :] for _, weights in found], dim=2)
 
     def join(self, hidden: Tensor) -> Tensor:
         """Hidden states of all inputs of the step; zeros for those that were lost."""

@@ -101,6 +101,10 @@ class KVArena:
         """What ``layer`` keeps for whole sequences."""
         return self._states[layer]
 
+    def groups_from(self, layer: int) -> set[int]:
+        """The same for all layers from one on."""
+        return {group for each, group in self._group_of.items() if each >= layer}
+
     @property
     def num_tables(self) -> int:
         """Page tables that ``group_of`` counts: a group's, unless it says otherwise."""

@@ -25,7 +25,8 @@ class SlimInfer(TokenPruningMethod):
 
     Args:
         layers: before which blocks are dropped, as in 0.3+0.6 of the depth, or by number as in
-            10+20: ascending, the first layer being 0.
+            10+20: ascending, the first layer being 0. Pages are best filled where the layers
+            between two such points are as many everywhere, or a multiple.
         keep: share of a part's blocks that go on from each, as in 0.5+0.25.
         span: tokens of a part.
         block: tokens that stay or go together.
@@ -38,7 +39,7 @@ class SlimInfer(TokenPruningMethod):
         guarantee="lossy",
         request_options=("keep",),
     )
-    layers: str = "0.3+0.6"
+    layers: str = "0.25+0.75"
     keep: str = "0.5+0.25"
     span: int = 448
     block: int = 64
@@ -52,6 +53,9 @@ class SlimInfer(TokenPruningMethod):
                 found = [math.nan]
             if not all(0 <= each < math.inf for each in found):
                 raise ValueError(f"{name}: give numbers, as in 0.5+0.25; got {getattr(self, name)}")
+        for each in self.layers.split("+"):
+            if not each.isdecimal() and float(each) > 1:
+                raise ValueError(f"layers: give shares of at most 1, or whole numbers; got {each}")
         if len(self.shares) != len(self.layers.split("+")):
             raise ValueError(f"keep: give a share for each of the layers {self.layers}")
         descending = list(self.shares) == sorted(self.shares, reverse=True)
@@ -90,11 +94,12 @@ class SlimInfer(TokenPruningMethod):
         tokens = weights.shape[-1]
         blocks, kept = tokens // self.block, count // self.block
         means = weights[..., : blocks * self.block].mean(dim=(0, 1, 2))
-        scores = means.view(blocks, -1, self.unit).mean(-1).amax(-1)
+        # Not a number would rank above what always stays: the last token has to fail of it.
+        scores = means.view(blocks, -1, self.unit).mean(-1).amax(-1).nan_to_num()
         scores[-1] = math.inf
         if first:
             scores[0] = math.inf
-        best = scores.topk(kept).indices.sort().values
+        best = scores.argsort(descending=True, stable=True)[:kept].sort().values
         places = torch.arange(tokens, device=weights.device)
         inner = places[: blocks * self.block].view(blocks, self.block)[best].flatten()
         return torch.cat((inner, places[blocks * self.block :]))
