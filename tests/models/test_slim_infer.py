@@ -207,8 +207,8 @@ def error_of(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"reference": True}, {"max_num_batched_tokens": 200}],
-    ids=["fast", "reference", "large steps"],
+    [{}, {"reference": True}, {"max_num_batched_tokens": 200}, {"block_size": 32}],
+    ids=["fast", "reference", "large steps", "parts that begin within pages"],
 )
 def test_logits_on_what_is_left(expected: Expected, options: dict[str, Any]) -> None:
     """Beside plain requests; what is computed for one does not depend on what shares the steps."""
