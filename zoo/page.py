@@ -20,7 +20,7 @@ HEAD = """\
 
 Small models, trained here from nothing, on which methods are measured. All share the tokenizer of
 the embedded model. Their recipes are in [zoo/](../zoo/README.md), one command each; their files in
-`zoo/models/`.
+`zoo/models/`, the verifier's when its command has made them.
 
 ## Training
 

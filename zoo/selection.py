@@ -57,7 +57,13 @@ def judge(llm: LLM, problems: Sequence[Problem], attempts: Sequence[Sequence[str
 
 
 def measure(model: Path, verifier: Path, count: int) -> list[dict[str, Any]]:
-    """Return a row for every level of every task: scores, and paired differences from pass@1."""
+    """Return a row for every level of every task: scores, and paired differences from pass@1.
+
+    Raises:
+        SystemExit: there is no verifier; the message says how to make it.
+    """
+    if not verifier.is_dir():
+        raise SystemExit(f"{verifier} does not exist; python -m zoo.verifier makes it")
     plans = [
         TaskPlan(task, level, count, samples=SAMPLES, temperature=TEMPERATURE)
         for task in map(make_task, TASKS)
