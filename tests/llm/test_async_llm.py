@@ -169,7 +169,7 @@ def test_abort_ends_the_stream_with_what_there_is(make_async_llm: MakeAsyncLLM) 
     async def main() -> RequestOutput:
         output = None
         async for output in llm.generate(PROMPT, greedy(LONG), "mine"):
-            if len(output.outputs[0].token_ids) == 3:
+            if len(output.outputs[0].token_ids) >= 3:  # some may come together
                 await llm.abort("mine")
                 await llm.abort("nobody's")
         await idle(llm)
@@ -190,7 +190,7 @@ def test_an_abort_of_one_changes_no_other(make_async_llm: MakeAsyncLLM) -> None:
         alone = await complete(llm, PROMPT, greedy(60))
         other = asyncio.create_task(complete(llm, PROMPT, greedy(60)))
         async for output in llm.generate(PROMPT, greedy(LONG), "mine"):
-            if len(output.outputs[0].token_ids) == 10:
+            if len(output.outputs[0].token_ids) >= 10:
                 await llm.abort("mine")
         return alone, await other
 
