@@ -36,7 +36,7 @@ MODEL = ModelConfig(
     num_key_value_heads=2,
     intermediate_size=768,
 )
-TOKEN_BUDGET = 12_000_000
+TOKEN_BUDGET = 9_000_000
 TEXT_STAGE = 5 / 6
 """Of the budget; the rest is the stage of problems."""
 PHASES = (Phase(0.70, 512), Phase(0.16, 1024), Phase(0.14, 2048))

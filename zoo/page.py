@@ -26,6 +26,8 @@ the embedded model. Their recipes are in [zoo/](../zoo/README.md), one command e
 
 Data: the Python library of the interpreter that trains, without the held-out modules, and problems
 and contexts made by the tasks of [the evaluation](evaluation.md), never one that is tested on.
+Minutes are those of a clock, most of them beside other work on the same cores; base and draft were
+trained with `--budget 12000000`.
 
 | model | parameters | tokens | minutes | hardware | training loss, nats a token |
 |---|---|---|---|---|---|

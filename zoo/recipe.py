@@ -40,7 +40,7 @@ context {context:,} tokens, the tokenizer of the embedded model.
 
 Trained from {origin} on {tokens:,} tokens in {minutes:.0f} minutes on {hardware};
 mean training loss of the last 50 steps {loss:.3f} nats a token. The command is
-`python -m zoo.{name}`; `python -m zoo.page` writes its scores to `docs/zoo.md`.
+`{command}`; `python -m zoo.page` writes its scores to `docs/zoo.md`.
 
 ![learning curve](learning-curve.svg)
 """
@@ -118,7 +118,6 @@ def export(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, output: Path)
     card = CARD.format(
         title=f"Headrace {recipe.name}",
         about=recipe.about,
-        name=recipe.name,
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=config.num_attention_heads,
@@ -126,10 +125,17 @@ def export(recipe: Recipe, trainer: Trainer, tokenizer: Tokenizer, output: Path)
         head_dim=config.head_dim,
         context=config.max_position_embeddings,
         origin=describe_origin(recipe),
+        command=command_of(recipe, trainer.config.token_budget),
         **facts,
     )
     (output / "README.md").write_text(card, encoding="utf-8")
     print(json.dumps(facts))
+
+
+def command_of(recipe: Recipe, token_budget: int) -> str:
+    """What trains the member on so many tokens."""
+    usual = token_budget == recipe.training.token_budget
+    return f"python -m zoo.{recipe.name}" + ("" if usual else f" --budget {token_budget}")
 
 
 def describe_origin(recipe: Recipe) -> str:

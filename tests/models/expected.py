@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from headrace import LLM, RequestOutput, SamplingParams
-from tests.support.checkpoints import VOCAB
+from tests.support.architectures import CONTEXT
+from tests.support.checkpoints import VOCAB, make_model, save_checkpoint
 from tests.support.logits import LogitsRecorder
 
 TOLERANCE = 1e-4
@@ -41,6 +43,25 @@ class Expected:
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         return slots * config.num_hidden_layers * 2 * config.num_key_value_heads * width * 4
+
+
+DEEP = 6
+"""Layers of a model in which rows leave, or tokens are dropped, more than once."""
+
+
+def save_deep(directory: Path) -> Expected:
+    """A model of ``DEEP`` layers, written to a directory."""
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=DEEP,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+    )
+    model = make_model(config)
+    return Expected(model, save_checkpoint(model, directory))
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,32 +17,15 @@ from headrace import LLM, RequestOutput, SamplingParams
 from headrace.contracts.profile import Profile
 from headrace.errors import ConfigurationError, InvalidRequestError
 from headrace.exec.exits.early_exit import CONFIDENCE, calibrate, fit_exit
-from tests.models.expected import TOLERANCE, Expected, greedy, load, prompt_of
+from tests.models.expected import DEEP, TOLERANCE, Expected, greedy, load, prompt_of, save_deep
 from tests.support.adapters import write_adapter
-from tests.support.architectures import CONTEXT, VOCAB
-from tests.support.checkpoints import make_model, save_checkpoint
 from tests.support.logits import LogitsRecorder
 
 NAME = "early-exit"
-LAYERS, EXITS, DEFER = 6, (2, 4), 3
+EXITS, DEFER = (2, 4), 3
 METHOD = f"{NAME}:layers=2+4,defer={DEFER}"
 
 Map = Callable[[Tensor], Tensor]
-
-
-def save_deep(directory: Path) -> Expected:
-    """A model deep enough for two exits with a layer between them and behind each."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=112,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-    )
-    model = make_model(config)
-    return Expected(model, save_checkpoint(model, directory))
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +180,9 @@ def test_rows_of_one_batch_leave_where_they_are_sure(
         check(expected, recorder, output, each)
         for output, each in zip(outputs, wanted, strict=True)
     ]
-    assert depths[1] == [LAYERS, *([2] * DEFER + [LAYERS]) * 4][:16]
-    assert set(depths[2]) == set(depths[4]) == {LAYERS}
-    assert {2, 4, LAYERS} == set(depths[0]) | set(depths[3]) | set(depths[5])
+    assert depths[1] == [DEEP, *([2] * DEFER + [DEEP]) * 4][:16]
+    assert set(depths[2]) == set(depths[4]) == {DEEP}
+    assert {2, 4, DEEP} == set(depths[0]) | set(depths[3]) | set(depths[5])
     mixed = [step for step in recorder.steps if {row.is_decode for row in step} == {True, False}]
     assert any(row.is_chunk for step in mixed for row in step)
 
@@ -216,7 +198,7 @@ def test_a_token_that_waits_at_both_exits(expected: Expected, threshold: float) 
     for output in outputs:
         depths = check(expected, recorder, output, threshold, most=most)
         seen |= set(itertools.pairwise(depths))
-    assert {(2, 4), (4, 2), (2, LAYERS), (4, LAYERS)} <= seen
+    assert {(2, 4), (4, 2), (2, DEEP), (4, DEEP)} <= seen
 
 
 def test_the_cache_is_bit_for_bit_that_of_the_model(
@@ -280,8 +262,8 @@ def test_layers_are_run_less_often_and_for_each_token_once(
             [output] = llm.generate([prompt], greedy(20))
         tokens = output.outputs[0].token_ids
         wanted = replay(expected, prompt, tokens, threshold, exits, most)
-        assert sum(counts) == 12 * LAYERS + wanted.passed <= (12 + 19) * LAYERS
-        assert len(counts) == sum(wanted.depths) < 16 * LAYERS
+        assert sum(counts) == 12 * DEEP + wanted.passed <= (12 + 19) * DEEP
+        assert len(counts) == sum(wanted.depths) < 16 * DEEP
 
 
 def test_completions_of_one_prompt(expected: Expected, threshold: float) -> None:
@@ -293,8 +275,8 @@ def test_completions_of_one_prompt(expected: Expected, threshold: float) -> None
         outputs = llm.generate([prompt_of(17), prompt_of(9)], params, methods=[None, {}])
         llm.engine.check_integrity()
     assert len({tuple(each.token_ids) for each in outputs[0].outputs}) > 1
-    assert {2, LAYERS} <= set(check(expected, recorder, outputs[0], threshold))
-    assert set(check(expected, recorder, outputs[1], 2.0)) == {LAYERS}
+    assert {2, DEEP} <= set(check(expected, recorder, outputs[0], threshold))
+    assert set(check(expected, recorder, outputs[1], 2.0)) == {DEEP}
 
 
 def test_completions_that_wait_for_a_row(expected: Expected) -> None:
@@ -323,7 +305,7 @@ def test_preempted_sequences(expected: Expected) -> None:
     begun_anew = False
     for index, output in enumerate(outputs):
         if index == 1:
-            assert set(check(expected, recorder, output, 2.0)) == {LAYERS}
+            assert set(check(expected, recorder, output, 2.0)) == {DEEP}
             continue
         left = left_at(expected, recorder, output, 0, 2)
         runs = [len(run) for run in "".join("x" if each else " " for each in left).split(" ")]
@@ -395,11 +377,11 @@ def tuned(expected: Expected, tmp_path_factory: pytest.TempPathFactory) -> Path:
             llm.generate([prompt_of(3, seed) for seed in range(48)], params)
             recorder: Any = llm.methods.taps["activation-recorder"]
             kept[site] = {layer: torch.stack(rows) for layer, rows in recorder.take().items()}
-    assert sorted(kept["hidden"]) == list(range(LAYERS))
-    assert list(kept["final"]) == [LAYERS - 1]
+    assert sorted(kept["hidden"]) == list(range(DEEP))
+    assert list(kept["final"]) == [DEEP - 1]
     found = {}
     for exit in EXITS:
-        fitted = fit_exit(kept["hidden"][exit], kept["final"][LAYERS - 1])
+        fitted = fit_exit(kept["hidden"][exit], kept["final"][DEEP - 1])
         for name, tensor in fitted.items():
             found[f"{exit}.{name}"] = tensor
     path = tmp_path_factory.mktemp("heads") / "heads.safetensors"
@@ -427,7 +409,7 @@ class TestHeads:
             outputs = llm.generate(prompts, greedy(12))
         maps = self.maps(tuned)
         depths = [check(expected, recorder, output, 0.05, maps=maps) for output in outputs]
-        assert {*EXITS, LAYERS} == {each for row in depths for each in row}
+        assert {*EXITS, DEEP} == {each for row in depths for each in row}
 
     def test_they_agree_with_the_model_as_often_as_calibrated(
         self, expected: Expected, tuned: Path

@@ -19,16 +19,16 @@ from headrace.kv.codecs.gear import Gear
 from headrace.methods import find_method, known_methods
 from tests.models import louder
 from tests.models.drafting import accepted, save_similar
-from tests.models.expected import Expected, greedy, load, prompt_of
+from tests.models.expected import Expected, greedy, load, prompt_of, save_deep
 from tests.models.louder import Louder
 from tests.models.test_early_exit import METHOD as EARLY_EXIT
-from tests.models.test_early_exit import check, middle_threshold, save_deep
+from tests.models.test_early_exit import check, middle_threshold
 from tests.models.test_kv_codecs import GEAR, coded_logits
 from tests.models.test_kv_codecs import TOLERANCE as CODED_TOLERANCE
 from tests.models.test_neurons import chosen_neurons
 from tests.models.test_slim_infer import METHOD as PRUNING
 from tests.models.test_slim_infer import OPTIONS as PRUNING_OPTIONS
-from tests.models.test_slim_infer import PrunedModel, make_expected, pruned_logits
+from tests.models.test_slim_infer import PrunedModel, pruned_logits
 from tests.models.test_slot_policies import KV as SCISSORHANDS
 from tests.models.test_slot_policies import reduced_logits
 from tests.models.test_steering import attention_shape, steered
@@ -47,7 +47,7 @@ def expected(expectations: Callable[[str], Expected]) -> Expected:
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Expected:
     """With layers for several stages."""
-    return make_expected(tmp_path_factory.mktemp("deep"))
+    return save_deep(tmp_path_factory.mktemp("deep"))
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from headrace import RequestOutput, SamplingParams
@@ -21,12 +19,10 @@ from headrace.contracts.profile import Profile
 from headrace.contracts.step import Pooling
 from headrace.errors import ConfigurationError, InvalidRequestError
 from headrace.exec.pruning.slim_infer import SlimInfer
-from tests.models.expected import TOLERANCE, Expected, greedy, load, prompt_of
-from tests.support.architectures import CONTEXT, VOCAB
-from tests.support.checkpoints import make_model, save_checkpoint
+from tests.models.expected import DEEP, TOLERANCE, Expected, greedy, load, prompt_of, save_deep
 from tests.support.logits import LogitsRecorder
 
-LAYERS, BEGINS, SHARES = 6, (2, 4), (0.5, 0.25)
+BEGINS, SHARES = (2, 4), (0.5, 0.25)
 SPAN, BLOCK, UNIT, PAGE = 32, 4, 2, 4
 NAME = "slim-infer"
 METHOD = f"{NAME}:layers=2+4,keep=0.5+0.25,span={SPAN},block={BLOCK},unit={UNIT}"
@@ -36,24 +32,9 @@ OPTIONS: dict[str, Any] = {"block_size": PAGE, "max_num_seqs": 4, "max_num_batch
 POOLINGS: tuple[Pooling, ...] = ("mean", "first")
 
 
-def make_expected(directory: Path) -> Expected:
-    """Deep enough for three stages of two layers."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=112,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-    )
-    model = make_model(config)
-    return Expected(model, save_checkpoint(model, directory))
-
-
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Expected:
-    return make_expected(tmp_path_factory.mktemp("deep"))
+    return save_deep(tmp_path_factory.mktemp("deep"))
 
 
 def parts_of(prompt: int) -> list[tuple[int, int]]:
@@ -77,12 +58,12 @@ class PrunedModel:
     def __init__(self, expected: Expected, codec: KVCodec | None = None, unit: int = 0) -> None:
         self.model, self.codec, self.unit = expected.model, codec, unit
         self.positions = torch.zeros(0, dtype=torch.int64)
-        self.kept = [torch.zeros(0, dtype=torch.int64) for _ in range(LAYERS)]
-        self.coded = [0] * LAYERS
+        self.kept = [torch.zeros(0, dtype=torch.int64) for _ in range(DEEP)]
+        self.coded = [0] * DEEP
         heads = self.model.config.num_key_value_heads
         width = self.model.config.hidden_size // self.model.config.num_attention_heads
-        self.keys = [torch.zeros(heads, 0, width) for _ in range(LAYERS)]
-        self.values = [torch.zeros(heads, 0, width) for _ in range(LAYERS)]
+        self.keys = [torch.zeros(heads, 0, width) for _ in range(DEEP)]
+        self.values = [torch.zeros(heads, 0, width) for _ in range(DEEP)]
 
     def attend(self, index: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """What attention makes of inputs, and the probabilities ``[heads, queries, slots]``."""
@@ -155,7 +136,7 @@ class PrunedModel:
         """Replace full units by what is read of them."""
         if self.codec is None:
             return
-        for index in range(LAYERS):
+        for index in range(DEEP):
             while self.coded[index] + self.unit <= self.keys[index].shape[1]:
                 part = slice(self.coded[index], self.coded[index] + self.unit)
                 found = self.codec.encode(self.keys[index][:, part], self.values[index][:, part])
@@ -244,7 +225,7 @@ def test_plain_rows_compute_bit_for_bit_what_they_compute_alone(expected: Expect
 
 def test_rows_and_pages_are_fewer(expected: Expected) -> None:
     prompt = prompt_of(75)
-    counts = [0] * LAYERS
+    counts = [0] * DEEP
     with load(expected.directory, methods=(METHOD,), **OPTIONS) as llm:
         for index, layer in enumerate(llm.engine.runner._forward.loop._model.layers):
 

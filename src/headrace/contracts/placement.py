@@ -119,11 +119,7 @@ class PlacementMethod(Method):
     """
 
     __slots__ = ()
-    kind_requires = frozenset(
-        {
-            Property.IN_MEMORY,
-        }
-    )
+    kind_requires = frozenset({Property.IN_MEMORY})
     kind_breaks = frozenset({Property.IN_MEMORY})
     directory: str
     direct: bool

@@ -121,7 +121,7 @@ class TokenPruningMethod(Method):
         return slots.after(stages - 1, prompt_tokens) < prompt_tokens
 
     def shared_tokens(self, prompt_tokens: int) -> int | None:
-        """None: which tokens a layer has follows from the parts of the whole prompt."""
+        """Nothing is shared: a prefix does not decide which of its tokens a layer has."""
         return 0
 
     def boundaries(self, prompt_tokens: int) -> tuple[int, ...]:
