@@ -26,6 +26,7 @@ BENCHMARKS = {
     "prefix_caching": "Prefix caching",
     "kernels": "Native products",
     "block_kernels": "Native products with stored integers",
+    "stored_formats": "Decoding from stored formats",
     "thread_pools": "One thread pool or two",
     "weight_formats": "Weight formats",
     "offload": "Weights on disk",
@@ -34,8 +35,8 @@ BENCHMARKS = {
     "simulate": "Simulation",
 }
 """Module -> heading on the page."""
-HOURS = ("against_peers",)
-"""Run only when named."""
+NAMED_ONLY = ("against_peers", "stored_formats")
+"""They make environments of other programs, or forms of models, first."""
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 RESULTS = CACHE / "results.json"
 
@@ -83,7 +84,7 @@ def main() -> None:
     arguments = parser.parse_args()
     entries = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     CACHE.mkdir(parents=True, exist_ok=True)
-    for name in arguments.only or (name for name in BENCHMARKS if name not in HOURS):
+    for name in arguments.only or (name for name in BENCHMARKS if name not in NAMED_ONLY):
         progress(f"running {name}")
         result = in_fresh_process(measure, name, arguments.rounds, arguments.quick)
         table = (result.title, result.columns, result.rows)

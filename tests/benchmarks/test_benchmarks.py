@@ -14,7 +14,7 @@ from headrace import LLM, SamplingParams
 
 BENCHMARKS = (
     *("against_transformers", "engine_overhead", "prefix_caching", "startup", "simulate"),
-    *("kernels", "thread_pools", "offload"),
+    *("kernels", "block_kernels", "stored_formats", "thread_pools", "offload"),
 )
 
 
