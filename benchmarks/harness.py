@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import textwrap
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -20,18 +21,22 @@ Value = TypeVar("Value")
 
 @dataclass
 class Result:
-    """One table, whose rows begin with their names; ``details`` are raw figures for the JSON."""
+    """One table, whose rows begin with their names.
+
+    ``details`` are raw figures for the JSON; ``note`` says what a reader of the table may ask.
+    """
 
     title: str
     columns: list[str]
     rows: list[list[Any]]
     details: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
     def markdown(self) -> str:
         """The table for a page."""
         lines = ["| " + " | ".join(self.columns) + " |", "|---" * len(self.columns) + "|"]
         lines += ["| " + " | ".join(map(show, row)) + " |" for row in self.rows]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *textwrap.wrap(self.note, 100)] if self.note else lines)
 
 
 def in_fresh_process(function: Callable[..., Value], *arguments: Any) -> Value:

@@ -22,6 +22,12 @@ from headrace.plan.hardware import read_bandwidth
 
 BUFFER = 4 << 30
 PROMPT, ROWS = 32, (1, 16)
+NOTE = (
+    "w8a8 and Q8_0 have the same bits, as have w4a8, Q4_0 and Q4_K_M (which keeps some of its "
+    "matrices in Q6_K). What the kernels of a type reach by themselves, and why some reach less, "
+    "is said under native products with stored integers; Q4_K_M has more and smaller products too, "
+    "since matrices of two types are not multiplied in one."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,4 +108,5 @@ def _table(sizes: Mapping[str, int], found: Mapping[str, list[float]], rounds: i
         ["", "weights, GB", "1 row, tokens/s", "% of limit", "16 rows, tokens/s"],
         rows,
         dict(found),
+        NOTE,
     )
