@@ -49,7 +49,7 @@ def test_a_prompt_is_fed_in_chunks_of_the_budget() -> None:
 def test_only_the_last_chunk_samples() -> None:
     scheduler = make_scheduler(tokens=16)
     sequence = add(scheduler, 20)
-    assert [row.samples for row in scheduler.plan(0.0).rows] == [[]]
+    assert [list(row.samples) for row in scheduler.plan(0.0).rows] == [[]]
     advance(scheduler.accounting, sequence, 16)
     (row,) = scheduler.plan(0.0).rows
     assert row.samples == [sequence.state]

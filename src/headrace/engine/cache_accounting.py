@@ -46,6 +46,7 @@ class CacheAccounting:
         self._chunk = chunk
         self._columns_in_window = layout.columns_in_window(chunk)
         self._windowed = np.flatnonzero(windowed)
+        self._window = layout.window
         self._num_groups = len(layout.groups)
         self._state_copies: list[tuple[int, int]] = []
         shape = (len(layout.groups), num_rows, layout.pages_for(max_slots))
@@ -101,8 +102,9 @@ class CacheAccounting:
 
     def _first_in_window(self, slots: int) -> int:
         """Of a sequence of ``slots`` slots, the first page that its next query may read."""
-        window = self.layout.window
-        return 0 if window is None else max(0, slots + 1 - window) // self.layout.block_size
+        if self._window is None:
+            return 0
+        return max(0, slots + 1 - self._window) // self.layout.block_size
 
     def pages_to_admit(self, sequence: Sequence, runs: list[SealedRun]) -> int:
         """Pages that must be available to adopt ``runs`` and hold all known tokens."""
@@ -376,7 +378,7 @@ class CacheAccounting:
 
     def _pass(self, sequence: Sequence) -> None:
         """Let go of pages that the sequence has behind its window."""
-        if self.layout.window is None:
+        if self._window is None:
             return
         first = min(self._first_in_window(sequence.num_slots), len(sequence.runs))
         for index in range(sequence.num_passed, first):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from headrace.contracts.kv_codec import KVCodec
 from headrace.contracts.method import of_kind
 from headrace.contracts.scheduling import SchedulerPolicy, StepBudget
-from headrace.contracts.step import CodedContext, Compaction, PlanRow, SampleState, StepPlan
+from headrace.contracts.step import CodedContext, Compaction, PlanRow, StepPlan
 from headrace.engine.cache_accounting import CacheAccounting
 from headrace.engine.gang import Gang
 from headrace.engine.sequence import Sequence, Status
@@ -274,35 +274,33 @@ def plan_row(sequence: Sequence, count: int) -> PlanRow:
     the request have not parted.
     """
     start, end = sequence.num_fed, sequence.num_fed + count
-    known = sequence.token_ids
-    request = sequence.request
-    samples: list[SampleState] = []
-    ended = sequence.status is Status.FINISHED
-    if end == len(known) and request.max_tokens > 0 and not ended:
-        parted = bool(sequence.state.output_token_ids) or sequence.begin > 0
-        samples = [sequence.state] if parted else [s.state for s in request.sequences]
-    score_ids: list[int] = []
-    if request.num_unscored and end + request.num_unscored >= len(request.prompt_token_ids):
-        score_ids = request.prompt_token_ids[start + 1 : end + 1]
-    return PlanRow(
-        sequence=sequence.number,
-        table_row=sequence.table_row,
-        input_ids=known[start:end],
-        positions=range(sequence.next_position, sequence.next_position + count),
-        slot=sequence.num_slots,
-        samples=samples,
-        score_ids=score_ids,
-        score_top=request.params.prompt_logprobs or 0,
+    request, known = sequence.request, sequence.token_ids
+    row = PlanRow(
+        sequence.number,
+        sequence.table_row,
+        known[start:end],
+        range(sequence.next_position, sequence.next_position + count),
+        sequence.num_slots,
         pooling=request.pooling,
         adapter=request.profile.adapter,
         methods=request.profile.methods,
         first=start == sequence.num_adopted,
-        num_quiet=min(count, max(0, len(request.prompt_token_ids) - 1 - start)),
-        begin=sequence.begin,
-        segments=request.gang.segments(sequence) if request.gang and sequence.begin else (),
-        num_prompt=min(count, max(0, len(request.prompt_token_ids) - start)),
-        slots=[held.slots for held in sequence.groups] if sequence.groups else None,
     )
+    if end == len(known) and request.max_tokens > 0 and sequence.status is not Status.FINISHED:
+        parted = bool(sequence.state.output_token_ids) or sequence.begin > 0
+        row.samples = [sequence.state] if parted else [s.state for s in request.sequences]
+    prompt = len(request.prompt_token_ids)
+    if start < prompt:
+        row.num_prompt = min(count, prompt - start)
+        row.num_quiet = min(count, prompt - 1 - start)
+        if request.num_unscored and end + request.num_unscored >= prompt:
+            row.score_ids = request.prompt_token_ids[start + 1 : end + 1]
+            row.score_top = request.params.prompt_logprobs or 0
+    if sequence.begin and request.gang is not None:
+        row.begin, row.segments = sequence.begin, request.gang.segments(sequence)
+    if sequence.groups:
+        row.slots = [held.slots for held in sequence.groups]
+    return row
 
 
 def note_compaction(row: PlanRow, sequence: Sequence) -> None:

@@ -107,15 +107,17 @@ class BatchBuilder:
         ids = [token for row in rows for token in row.input_ids]
         positions = [position for row in rows for position in row.positions]
         lengths = np.array([len(row.input_ids) for row in rows])
-        begins = np.array([row.begin for row in rows])
-        past = np.array([row.slot for row in rows]) - begins
-        differ = any(row.slots is not None for row in rows)
+        past = np.array([row.slot - row.begin for row in rows])
+        # Only methods let rows begin later, or have other slots in each group.
+        extended = any(row.methods for row in rows)
+        begins = np.array([row.begin for row in rows]) if extended else None
+        differ = extended and any(row.slots is not None for row in rows)
         used = [row.table_row for row in rows]
         size = self._arena.layout.block_size
         plans: list[Any] = [None] * len(self._groups)
         for group in self._arena.groups_from(first) if first else self._groups:
             plane = self._arena.group_plane(group)
-            slots = slots_of_group(rows, group) - begins if differ else past
+            slots = slots_of_group(rows, group) if differ else past
             pages = pages_from(tables[group], used, begins, slots + lengths, size)
             shape = StepShape.of_one_group(lengths, slots, pages, plane.heads)
             plans[group] = self._ops.attention.plan(shape, plane)
@@ -127,7 +129,7 @@ class BatchBuilder:
             plans,
             self._adapted(rows),
         )
-        if any(row.methods for row in rows):
+        if extended:
             self._extend(batch, rows, tables)
         return batch
 
@@ -195,8 +197,8 @@ class BatchBuilder:
 
 
 def slots_of_group(rows: Sequence[PlanRow], group: int) -> Indices:
-    """``[R]``: where the inputs of each row go in a cache group."""
-    return np.array([row.slot_in(group) for row in rows])
+    """``[R]``: slots before the inputs of each row in a cache group, from where it begins."""
+    return np.array([row.slot_in(group) - row.begin for row in rows])
 
 
 def _single_input(row: PlanRow, index: int) -> PlanRow:

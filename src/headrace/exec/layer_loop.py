@@ -88,7 +88,9 @@ class LayerContext:
             self._route.watch(layer, self.rows, q, lse, (cos, sin), spec)
         if sinks is not None:
             out = add_sinks(out, lse, sinks)
-        return self._tap("attention", layer, out).flatten(1)
+        if self._taps:
+            out = self._tap("attention", layer, out)
+        return out.flatten(1)
 
     def _plan(self, layer: int, q: Tensor, cos: Tensor, sin: Tensor) -> Any:
         """What attention made of the step's rows for a layer with these queries, not rotated."""
@@ -151,7 +153,7 @@ class LayerContext:
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
         """What layer ``layer`` gets of the residual stream ``[T, hidden]``."""
-        return self._tap("hidden", layer, hidden)
+        return self._tap("hidden", layer, hidden) if self._taps else hidden
 
     def leave(self, layer: int, hidden: Tensor) -> Tensor:
         """What goes on from the last layer of the residual stream ``[T, hidden]``."""

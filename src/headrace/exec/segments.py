@@ -118,13 +118,16 @@ def _plans(
 def pages_from(
     table: npt.NDArray[np.int32],
     rows: Sequence[int],
-    begins: Indices,
+    begins: Indices | None,
     lengths: Indices,
     block_size: int,
 ) -> npt.NDArray[np.int32]:
-    """The pages ``[R, most]`` of ``lengths`` slots from ``begins`` on, of rows of a table."""
+    """The pages ``[R, most]`` of ``lengths`` slots from ``begins`` on, of rows of a table.
+
+    Without ``begins``, from the first slot on.
+    """
     count = -(-int(lengths.max()) // block_size)
-    if not begins.any() and count <= table.shape[1]:
+    if begins is None or (not begins.any() and count <= table.shape[1]):
         return table[rows, :count]
     # What lies behind a row's own pages is not read, and may be anything.
     columns = np.minimum(np.arange(count) + begins[:, None] // block_size, table.shape[1] - 1)

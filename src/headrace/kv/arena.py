@@ -153,6 +153,8 @@ class KVArena:
 
     def clear_states(self, rows: Sequence[int]) -> None:
         """Begin anew in these table rows."""
+        if not rows or not self._states:
+            return
         places = torch.tensor(rows, dtype=torch.int64, device=self.pages.device)
         for plane in self._all_states():
             plane.index_fill_(0, places, 0)

@@ -23,11 +23,16 @@ MOST_WIDTH = 256
 
 @dataclass(slots=True)
 class NativePlan:
-    """The rows of a step, and how many slots the score sums of a KV head take."""
+    """The rows of a step, as kernels know them and as they came."""
 
     rows: _native.StepRows
     tokens: int
-    score_slots: int
+    shape: StepShape
+
+    @property
+    def score_slots(self) -> int:
+        """How many slots the score sums of a KV head take."""
+        return int(self.shape.contexts.sum(axis=1).max())
 
 
 class NativeAttention(Attention[NativePlan]):
@@ -69,7 +74,7 @@ class NativeAttention(Attention[NativePlan]):
             tables=tables.ctypes.data,
             head_group=head_group.ctypes.data,
         )
-        return NativePlan(rows, rows.tokens, int(shape.contexts.sum(axis=1).max()))
+        return NativePlan(rows, rows.tokens, shape)
 
     def _cache(self, cache: LayerCache) -> _native.LayerCache:
         known = self._caches.get(cache)

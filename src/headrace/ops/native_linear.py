@@ -195,11 +195,13 @@ class NativeLinear(Linear):
                 f"native linear: x is {x.dtype} {tuple(x.shape)}, and must be bfloat16 "
                 f"[tokens, {self._columns}]"
             )
-        if norm is not None and (norm.weight.dtype != half or len(norm.weight) != self._columns):
+        if norm is not None and (
+            norm.weight.dtype != half or norm.weight.shape != (self._columns,)
+        ):
             raise ValueError(f"native linear: the norm must be bfloat16 [{self._columns}]")
         if residual is None:
             return
-        fits = residual.dtype == half and residual.shape == (len(x), self._rows)
+        fits = residual.dtype == half and residual.shape == (x.shape[0], self._rows)
         if not fits or residual.stride(1) != 1:
             raise ValueError(
                 f"native linear: the residual is {residual.dtype} {tuple(residual.shape)}, and "

@@ -119,8 +119,8 @@ class SelfAttention:
         residual: Tensor | None = None,
     ) -> Tensor:
         """See ``Mixer``."""
-        qkv = self._qkv(x, norm=norm).view(len(x), -1, self._width)
-        q, *gates, k, v = qkv.split(self._parts, dim=1)
+        qkv = self._qkv(x, norm=norm).view(x.shape[0], -1, self._width)
+        q, *gates, k, v = qkv.split_with_sizes(self._parts, dim=1)
         if self._head_norms is not None:
             for_q, for_k = self._head_norms
             q = self._ops.rms_norm(q, for_q.weight, for_q.eps)
