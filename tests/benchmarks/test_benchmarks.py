@@ -41,6 +41,14 @@ def test_tasks_for_lm_eval(repository: Path, tmp_path: Path) -> None:
             assert row["question"] and row["answer"]
 
 
+def test_two_installations_take_turns(repository: Path, tmp_path: Path) -> None:
+    options = ("--starts", "2", "--pairs", "2", "--json")
+    printed = output_of(repository, tmp_path, "two_installations.py", sys.executable, *options)
+    table = json.loads(printed)
+    assert len(table["ratios"]) == 4
+    assert 0 < table["low"] <= table["ratio"] <= table["high"]
+
+
 def test_the_checkpoint_loads(repository: Path, tmp_path: Path) -> None:
     directory = output_of(repository, tmp_path, "make_checkpoint.py", "tiny").strip()
     assert Path(directory).is_relative_to(tmp_path)
