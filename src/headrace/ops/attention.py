@@ -369,9 +369,9 @@ def _gather(
     for plane in (cache.keys, cache.values):
         if gathered and value_width is not None:
             return [*gathered, gathered[0][..., :value_width]]
-        entries = plane.joined().transpose(0, 1).index_select(1, pages)
+        # By the first dimension: by another, torch would first copy all pages that there are.
+        entries = plane.joined().index_select(0, pages)
         if plane.scales is not None:
-            scales = plane.scales.joined().transpose(0, 1).index_select(1, pages)
-            entries = (entries * scales).to(dtype)
-        gathered.append(entries.view(plane.heads, -1, plane.width))
+            entries = (entries * plane.scales.joined().index_select(0, pages)).to(dtype)
+        gathered.append(entries.transpose(0, 1).reshape(plane.heads, -1, plane.width))
     return gathered
