@@ -60,8 +60,8 @@ constexpr int64_t kActivationGroup = 256;
 struct Prepared {
   int64_t rows;
   int64_t stride;    // elements from row to row, at least the weight's padded columns
-  uint16_t* halves;  // bf16 [rows, stride], or null
-  int8_t* bytes;     // int8 [rows, stride], or null
+  uint16_t* halves;  // bf16 [rows, stride]: what is multiplied, or what bytes are made of
+  int8_t* bytes;     // int8 [rows, stride], unless halves are multiplied
   float* scales;     // [rows, groups], the same ones within kActivationGroup columns
   int32_t* offsets;  // [rows, groups]: minus the sum of the int8 values, times the zero point of
                      // symmetric formats; the sum itself where groups have lows
@@ -79,6 +79,7 @@ struct LinearCall {
   void* out;  // [rows, weight.rows], bf16 or fp32
   int64_t out_stride;
   bool out_is_float;
+  bool in_halves;  // whether activations are multiplied as bf16, else as int8
   Prepared prepared;
 };
 
@@ -127,6 +128,8 @@ constexpr float kSmallest = 1e-30f;
 
 struct Kernels {
   const char* name;
+  // Whether so many rows are multiplied as bf16; else they are quantized first.
+  bool (*in_halves)(const LinearWeight& weight, int64_t rows);
   // Bytes of scratch that one thread needs for a linear call.
   size_t (*linear_scratch)(const LinearWeight& weight, int64_t rows);
   // Norm and quantization of rows [begin, end).

@@ -19,6 +19,7 @@ namespace {
 // About this many bytes of weights per task: enough to make handing out a task cheap, few enough
 // for an even share at the end.
 constexpr int64_t kTaskBytes = 96 << 10;
+constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kTileRows = 32;  // kernels may read rows up to the next multiple
 constexpr int64_t kPrepareBytes = 16 << 10;
 
@@ -33,7 +34,7 @@ struct Layout {
     const LinearWeight& weight = *call.weight;
     const auto rows = static_cast<size_t>(round_up(call.rows, kTileRows));
     const auto groups = static_cast<size_t>(weight.groups());
-    const bool integers = weight.format != Format::bf16;
+    const bool integers = !call.in_halves;
     const bool needs_halves = !integers || call.norm != nullptr;
     // One cache line more than a row, so that equal columns of many rows do not compete for the
     // same few lines of the cache.
@@ -51,6 +52,7 @@ struct Layout {
 void run_linear(Context& context, LinearCall& call) {
   const LinearWeight& weight = *call.weight;
   const Kernels& kernels = *context.kernels;
+  call.in_halves = kernels.in_halves(weight, call.rows);
   const Layout layout(kernels, call, context.pool.threads());
   std::byte* memory = context.workspace(layout.total);
   call.prepared = Prepared{call.rows,
@@ -66,7 +68,10 @@ void run_linear(Context& context, LinearCall& call) {
   });
 
   int64_t each = std::max<int64_t>(1, kTaskBytes / weight.panel_bytes());
-  each = call.rows > kTileRows ? 2 : round_up(each, 4);
+  if (call.rows <= kTileRows)
+    each = round_up(each, 4);
+  else  // so wide that a task writes whole lines, and so narrow that threads finish together
+    each = std::clamp<int64_t>(weight.panels / (kTasksPerThread * context.pool.threads()) / 2 * 2, 2, 8);
   context.pool.run((weight.panels + each - 1) / each, [&](int64_t task, int thread) {
     kernels.linear(call, task * each, std::min(weight.panels, (task + 1) * each),
                    memory + layout.scratch + layout.per_thread * static_cast<size_t>(thread));
@@ -140,6 +145,7 @@ void multiply(Context& context, const LinearWeight& weight, uintptr_t x, int64_t
                   pointer<void>(out),
                   out_stride,
                   out_is_float,
+                  false,
                   {}};
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(context.busy);
@@ -265,6 +271,9 @@ void bind_linear(nb::module_& module, nb::class_<Context>& context) {
                   nb::arg("steps"), nb::arg("low_factors"), nb::arg("low_steps"), nb::arg("zeros"),
                   nb::arg("bias"));
   context.def("linear", &multiply)
+      .def("in_halves", [](const Context& self, const LinearWeight& weight, int64_t rows) {
+        return self.kernels->in_halves(weight, rows);
+      })
       .def("rows_of", &rows_of)
       .def("rms_norm", &rms_norm)
       .def("pack_bf16", &pack_bf16)

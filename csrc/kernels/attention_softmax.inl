@@ -145,13 +145,7 @@ INLINE __m256i halves(__m512 x) {
 #if HEADRACE_LEVEL >= 3
   return (__m256i)_mm512_cvtneps_pbh(x);
 #else
-  const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const __m512i half =
-      _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0));
-  return _mm512_cvtepi32_epi16(half);
+  return halves_of(x);
 #endif
 }
 

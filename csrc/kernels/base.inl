@@ -14,6 +14,18 @@ INLINE uint16_t to_bf16(float value) {
   return static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
 }
 
+#if HEADRACE_LEVEL >= 2
+// The same of sixteen numbers: the processor's own conversion would make small ones zero.
+INLINE __m256i halves_of(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+#endif
+
 // Nearest whole number, ties to even, for |value| < 2**22: in every instruction set one way.
 INLINE float nearest(float value) {
   constexpr float shift = 12582912.0f;  // 1.5 * 2**23
@@ -45,6 +57,28 @@ INLINE float exponential(float x) {
   const int32_t exponent = (static_cast<int32_t>(n) + 127) << 23;
   return p * __builtin_bit_cast(float, exponent);
 }
+
+#if HEADRACE_LEVEL >= 2
+INLINE __m512 exponential(__m512 x) {
+  const auto all = [](float value) { return _mm512_set1_ps(value); };
+  // In this order a NaN stays.
+  x = _mm512_min_ps(all(88.0f), _mm512_max_ps(all(-87.0f), x));
+  const __m512 shift = all(12582912.0f);
+  const __m512 n = _mm512_sub_ps(_mm512_add_ps(_mm512_mul_ps(x, all(1.44269504f)), shift), shift);
+  __m512 r = _mm512_fmadd_ps(n, all(-0.693359375f), x);
+  r = _mm512_fmadd_ps(n, all(2.12194440e-4f), r);
+  __m512 p = all(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, all(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, all(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, all(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, all(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, all(5.0000001201e-1f));
+  p = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), all(1.0f));
+  const __m512i exponent =
+      _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+  return _mm512_mul_ps(p, _mm512_castsi512_ps(exponent));
+}
+#endif
 
 INLINE uint32_t load32(const void* address) {
   uint32_t value;

@@ -47,17 +47,26 @@ INLINE void dot_bf16() {
         __builtin_memcpy(tiles.rows[C][m] + 4 * n, &c, 4);
       }
 }
-template <int C, int A, int B>
-INLINE void dot_bytes() {
+template <int C, int A, int B, class Right>
+INLINE void dot_integers() {
   for (int m = 0; m < 16; ++m)
     for (int k = 0; k < tiles.k_bytes / 4; ++k)
       for (int n = 0; n < 16; ++n) {
         int32_t c;
         __builtin_memcpy(&c, tiles.rows[C][m] + 4 * n, 4);
         for (int j = 0; j < 4; ++j)
-          c += static_cast<int8_t>(tiles.rows[A][m][4 * k + j]) * tiles.rows[B][k][4 * n + j];
+          c += static_cast<int8_t>(tiles.rows[A][m][4 * k + j]) *
+               static_cast<Right>(tiles.rows[B][k][4 * n + j]);
         __builtin_memcpy(tiles.rows[C][m] + 4 * n, &c, 4);
       }
+}
+template <int C, int A, int B>
+INLINE void dot_bytes() {
+  dot_integers<C, A, B, uint8_t>();
+}
+template <int C, int A, int B>
+INLINE void dot_signed_bytes() {
+  dot_integers<C, A, B, int8_t>();
 }
 
 #else
@@ -100,6 +109,10 @@ template <int C, int A, int B>
 INLINE void dot_bytes() {
   __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+template <int C, int A, int B>
+INLINE void dot_signed_bytes() {
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
 
 #endif
 
@@ -129,84 +142,60 @@ INLINE void load_results(const void* c, int64_t stride) {
   if constexpr (TwoRows && TwoPanels) load_tile<3>(from + kTileRows * stride + 64, stride);
 }
 
+enum class Product { bf16, bytes, signed_bytes };
+
+template <Product kind, int C, int A, int B>
+INLINE void dot() {
+  if constexpr (kind == Product::bf16) dot_bf16<C, A, B>();
+  if constexpr (kind == Product::bytes) dot_bytes<C, A, B>();
+  if constexpr (kind == Product::signed_bytes) dot_signed_bytes<C, A, B>();
+}
+
 // One step of the inner dimension, as wide as the tiles are configured.
-template <bool TwoRows, bool TwoPanels, bool Bytes>
+template <bool TwoRows, bool TwoPanels, Product kind>
 INLINE void multiply_step(const void* a, int64_t a_stride, const void* b0, const void* b1) {
   load_tile<6>(b0, 64);
-  if constexpr (TwoPanels) load_tile<7>(b1, 64);
   load_tile<4>(a, a_stride);
-  if constexpr (TwoRows) load_tile<5>(static_cast<const char*>(a) + kTileRows * a_stride, a_stride);
-  if constexpr (Bytes) {
-    dot_bytes<0, 4, 6>();
-    if constexpr (TwoPanels) dot_bytes<1, 4, 7>();
-    if constexpr (TwoRows) dot_bytes<2, 5, 6>();
-    if constexpr (TwoRows && TwoPanels) dot_bytes<3, 5, 7>();
-  } else {
-    dot_bf16<0, 4, 6>();
-    if constexpr (TwoPanels) dot_bf16<1, 4, 7>();
-    if constexpr (TwoRows) dot_bf16<2, 5, 6>();
-    if constexpr (TwoRows && TwoPanels) dot_bf16<3, 5, 7>();
+  dot<kind, 0, 4, 6>();
+  if constexpr (TwoPanels) {
+    load_tile<7>(b1, 64);
+    dot<kind, 1, 4, 7>();
   }
+  if constexpr (TwoRows) {
+    load_tile<5>(static_cast<const char*>(a) + kTileRows * a_stride, a_stride);
+    dot<kind, 2, 5, 6>();
+  }
+  if constexpr (TwoRows && TwoPanels) dot<kind, 3, 5, 7>();
 }
 
-// Like bf16_block, for 16 or 32 rows; `pairs` is a multiple of 16, tiles are configured for 64.
-template <bool TwoRows, bool TwoPanels>
-static void bf16_tiles(int64_t pairs, const uint16_t* a, int64_t a_stride, const uint16_t* b,
-                       int64_t b_stride, float* c, int64_t c_stride, bool accumulate) {
+// Some steps for 16 or 32 rows; c is [rows, c_stride] of four bytes each, strides are in bytes.
+template <bool TwoRows, bool TwoPanels, Product kind>
+static void multiply_tiles(int64_t steps, const void* a, int64_t a_stride, const void* b,
+                           int64_t b_stride, void* c, int64_t c_stride, bool accumulate) {
   if (accumulate)
-    load_results<TwoRows, TwoPanels>(c, c_stride * 4);
+    load_results<TwoRows, TwoPanels>(c, c_stride);
   else
     zero_results<TwoRows, TwoPanels>();
-  for (int64_t k = 0; k < pairs; k += 16)
-    multiply_step<TwoRows, TwoPanels, false>(a + 2 * k, a_stride * 2, b + 32 * k,
-                                             b + b_stride + 32 * k);
-  store_results<TwoRows, TwoPanels>(c, c_stride * 4);
+  const char *left = static_cast<const char*>(a), *right = static_cast<const char*>(b);
+  for (int64_t step = 0; step < steps; ++step, left += 64, right += kTileBytes)
+    multiply_step<TwoRows, TwoPanels, kind>(left, a_stride, right, right + b_stride);
+  store_results<TwoRows, TwoPanels>(c, c_stride);
 }
 
-// Nibbles of a panel to bytes in the byte layout, ready for tiles.
-INLINE void widen_panel(const uint8_t* packed, int64_t columns, uint8_t* bytes) {
-  const __m512i low = _mm512_set1_epi8(15);
-  for (int64_t step = 0; step < columns / 8; ++step) {
-    const __m512i both = _mm512_loadu_si512(packed + step * 64);
-    _mm512_storeu_si512(bytes + step * 128, _mm512_and_si512(both, low));
-    _mm512_storeu_si512(bytes + step * 128 + 64,
-                        _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
-  }
-}
-
-// Like integer_block, for 16 or 32 rows on panels in the byte layout at `bytes`; tiles are
-// configured for 64, or for 32 if that is the group.
-template <bool TwoRows, bool TwoPanels>
-static void integer_tiles(const IntegerBlock& in, const uint8_t* bytes) {
-  constexpr int rows = TwoRows ? 32 : 16, panels = TwoPanels ? 2 : 1;
-  const LinearWeight& weight = *in.weight;
-  const int64_t groups = weight.groups(), group = weight.group;
-  const int64_t step = least(group, 64), panel_bytes = weight.padded_columns * kPanel;
-  alignas(64) int32_t sums[rows * panels * kLanes];
-  for (int64_t g = 0; g < groups; ++g) {
-    zero_results<TwoRows, TwoPanels>();
-    for (int64_t column = g * group; column < (g + 1) * group; column += step) {
-      const uint8_t* b = bytes + column * kPanel;
-      multiply_step<TwoRows, TwoPanels, true>(block_row(in, 0) + column, in.x->stride, b,
-                                              b + panel_bytes);
-    }
-    store_results<TwoRows, TwoPanels>(sums, panels * 64);
-    for (int p = 0; p < panels; ++p) {
-      alignas(64) float stored[kLanes];
-      load_scales(weight, in.panel + p, g, stored);
-      const __m512 scale = _mm512_load_ps(stored);
-      const uint8_t* zeros =
-          weight.zeros ? weight.zeros + ((in.panel + p) * groups + g) * kPanel : nullptr;
-      const int64_t known = least(rows, in.x->rows - in.row);
-      for (int m = 0; m < known; ++m) {
-        const int64_t at = (in.row + m) * groups + g;
-        const __m512i sum = _mm512_add_epi32(_mm512_load_si512(sums + (m * panels + p) * kLanes),
-                                             zero_term(zeros, in.x->offsets[at]));
-        const __m512 factor = _mm512_mul_ps(scale, _mm512_set1_ps(in.x->scales[at]));
-        const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor);
-        float* c = in.c + m * in.c_stride + p * kLanes;
-        _mm512_storeu_ps(c, g == 0 ? value : _mm512_add_ps(_mm512_loadu_ps(c), value));
-      }
-    }
+// Rows in pairs of tiles, the last one perhaps alone; `c` has room for a multiple of 16.
+template <Product kind>
+static void multiply_tile_rows(int64_t rows, bool two_panels, int64_t steps, const void* a,
+                               int64_t a_stride, const void* b, int64_t b_stride, void* c,
+                               int64_t c_stride, bool accumulate) {
+  const char* from = static_cast<const char*>(a);
+  char* to = static_cast<char*>(c);
+  for (int64_t row = 0; row < rows;) {
+    const bool two = rows - row > kTileRows;
+    const auto multiply =
+        two_panels ? (two ? multiply_tiles<true, true, kind> : multiply_tiles<false, true, kind>)
+                   : (two ? multiply_tiles<true, false, kind> : multiply_tiles<false, false, kind>);
+    multiply(steps, from + row * a_stride, a_stride, b, b_stride, to + row * c_stride, c_stride,
+             accumulate);
+    row += two ? 2 * kTileRows : kTileRows;
   }
 }

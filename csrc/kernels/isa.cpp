@@ -43,6 +43,7 @@ extern const Kernels kernels;
 // Made by the compiler: code of this file may run only where the processor is known to have it.
 constinit const Kernels kernels = {
     HEADRACE_TEXT(HEADRACE_ISA),
+    multiplies_halves,
     linear_scratch,
     prepare,
     linear,

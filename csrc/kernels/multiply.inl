@@ -59,16 +59,11 @@ static void multiply_bf16(int64_t rows, int64_t panels, int64_t pairs, const uin
 #if HEADRACE_LEVEL >= 4
   if (rows >= kTileRows && pairs % 16 == 0) {
     configure_tiles(64);
-    for (; row + kTileRows <= rows; row += row + 2 * kTileRows <= rows ? 2 * kTileRows : kTileRows) {
-      const bool two = row + 2 * kTileRows <= rows;
-      for (int64_t panel = 0; panel < panels; panel += 2) {
-        const uint16_t *from = a + row * a_stride, *right = b + panel * b_panel_stride;
-        float* to = c + row * c_stride + panel * kPanel;
-        const auto block = panel + 1 < panels ? (two ? bf16_tiles<true, true> : bf16_tiles<false, true>)
-                                              : (two ? bf16_tiles<true, false> : bf16_tiles<false, false>);
-        block(pairs, from, a_stride, right, b_panel_stride, to, c_stride, accumulate);
-      }
-    }
+    row = rows / kTileRows * kTileRows;
+    for (int64_t panel = 0; panel < panels; panel += 2)
+      multiply_tile_rows<Product::bf16>(row, panel + 1 < panels, pairs / 16, a, a_stride * 2,
+                                        b + panel * b_panel_stride, b_panel_stride * 2,
+                                        c + panel * kPanel, c_stride * 4, accumulate);
     release_tiles();
   }
 #endif

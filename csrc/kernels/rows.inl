@@ -75,9 +75,9 @@ static void prepare(const LinearCall& call, int64_t begin, int64_t end) {
     uint16_t* halves = to.halves + row * to.stride;
     if (call.norm != nullptr)
       norm_row(x, columns, call.norm, call.epsilon, halves);
-    else if (weight.format == Format::bf16)
+    else if (call.in_halves)
       __builtin_memcpy(halves, x, static_cast<size_t>(columns) * 2);
-    if (weight.format == Format::bf16) {
+    if (call.in_halves) {
       __builtin_memset(halves + columns, 0, static_cast<size_t>(to.stride - columns) * 2);
       continue;
     }

@@ -11,11 +11,12 @@ from headrace.ops.block_weight import (
     PLANES,
     BlockLayout,
     BlockParts,
+    BlockWeight,
     pack_blocks,
     unpack_blocks,
 )
-from headrace.ops.linear import ReferenceLinear, RMSNorm
-from headrace.ops.native_linear import NativeLinearOps, native_rms_norm
+from headrace.ops.linear import Linear, ReferenceLinear, RMSNorm
+from headrace.ops.native_linear import NativeLinear, NativeLinearOps, native_rms_norm
 
 MODULE = extension.extension()
 assert MODULE is not None, "the tests need the native kernels: build the package with a compiler"
@@ -123,6 +124,15 @@ def test_bytes_are_those_of_the_bits() -> None:
         assert sum(planes) == bits
 
 
+def expected_linear(in_halves: bool, weight: BlockWeight, bias: Tensor | None) -> Linear:
+    """In fp32, of the weight rounded to bfloat16 where the tested product takes that."""
+    ops, bias = ReferenceLinear(torch.float32), None if bias is None else bias.float()
+    if not in_halves:
+        return ops.blocks(weight, bias)
+    rounded = unpack_blocks(weight).dequantize(weight.layout).bfloat16().float()
+    return ops.dense(rounded, bias, gated=weight.gated)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(
     ("rows", "columns", "gated"),
@@ -144,9 +154,8 @@ def test_kernels(
         linear = NativeLinearOps(context).blocks(weight, given)
         found = linear(x, norm=norm, residual=residual, out_dtype=torch.float32)
         normed = x if norm is None else native_rms_norm(context, x, scale, norm.eps)
-        reference = ReferenceLinear(torch.float32).blocks(
-            weight, None if given is None else given.float()
-        )
+        assert isinstance(linear, NativeLinear)
+        reference = expected_linear(linear.in_halves(tokens), weight, given)
         expected = reference(normed.float(), residual=residual.float())
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
         if gated:

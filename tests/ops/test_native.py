@@ -24,6 +24,7 @@ from headrace.ops.packed_weight import (
     WeightFormat,
     pack,
     pack_dense,
+    unpack,
 )
 from headrace.ops.scale_search import native_search_scales, search_scales
 from headrace.ops.selection import highest, lowest_kept, native_highest, native_lowest_kept
@@ -55,10 +56,16 @@ def random_weight(rows: int, columns: int, format: WeightFormat, gated: bool) ->
 
 
 def expected_product(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor
+    tested: Linear, x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor
 ) -> Tensor:
-    """In fp32."""
-    linear = ReferenceLinear(torch.float32).packed(weight, None if bias is None else bias.float())
+    """In fp32, of the weight rounded to bfloat16 where the tested product takes that."""
+    assert isinstance(tested, NativeLinear)
+    ops, bias = ReferenceLinear(torch.float32), None if bias is None else bias.float()
+    if tested.in_halves(len(x)) and weight.format.bits == 4:
+        rounded = unpack(weight).dequantize(weight.format).bfloat16().float()
+        linear = ops.dense(rounded, bias, gated=weight.gated)
+    else:
+        linear = ops.packed(weight, bias)
     return linear(x.float(), residual=residual.float())
 
 
@@ -89,7 +96,7 @@ def test_linear(
         # The norm by itself has its own test; a rounding that falls to the other side in it
         # would hide errors of the product.
         normed = x if norm is None else native_rms_norm(context, x, scale, norm.eps)
-        expected = expected_product(normed, weight, given_bias, residual)
+        expected = expected_product(linear, normed, weight, given_bias, residual)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         rounded = linear(x, norm=norm, residual=residual)
         assert rounded.dtype == torch.bfloat16
@@ -103,9 +110,23 @@ def test_many_tokens(context: extension._native.Context, name: str) -> None:
     torch.manual_seed(0)
     weight = random_weight(48, 256, WeightFormat.parse(name), False)
     x = torch.randn(tokens, 256).bfloat16()
-    found = NativeLinearOps(context).packed(weight)(x, out_dtype=torch.float32)
+    linear = NativeLinearOps(context).packed(weight)
+    found = linear(x, out_dtype=torch.float32)
     none = torch.zeros(tokens, 48).bfloat16()
-    torch.testing.assert_close(found, expected_product(x, weight, None, none), rtol=1e-4, atol=1e-4)
+    expected = expected_product(linear, x, weight, None, none)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_only_tiles_widen_groups(context: extension._native.Context) -> None:
+    """Elsewhere a weight with groups meets int8 activations, however many tokens there are."""
+    tiles = context.isa in ("amx", "amx_emulated")
+    for name, widened in (("bf16", True), ("w8a8", False), ("w4a8-g32", tiles)):
+        linear = NativeLinearOps(context).packed(
+            random_weight(32, 64, WeightFormat.parse(name), False)
+        )
+        assert isinstance(linear, NativeLinear)
+        assert linear.in_halves(33) == widened
+        assert linear.in_halves(32) == (name == "bf16")
 
 
 @pytest.mark.parametrize("name", ["bf16", "w8a8", "w4a8-g32", "w4a8-g64-zp"])
