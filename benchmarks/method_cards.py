@@ -127,7 +127,9 @@ def measure_parts(
 
     Returns the parts that failed, with the reasons.
     """
-    record = Progress(directory / "unfinished.partial", rounds, fresh)
+    # What ships has measurements only.
+    beside = CACHE if directory == SHIPPED else directory
+    record = Progress(beside / "unfinished-cards.json", rounds, fresh)
     missing = [part for part in parts if part.name not in record.done]
     machine, failed = describe_machine(), []
     for number, part in enumerate(missing, len(parts) - len(missing) + 1):

@@ -37,7 +37,8 @@ struct StoreCall {
 
 // Queries of one row that share a KV head, and the slots that they attend to.
 struct AttentionTask {
-  const uint16_t* q;  // [rows, width]; `ratio` rows (query heads) per query
+  // [rows, width]; `ratio` rows (query heads) per query. Fifteen rows more may be read.
+  const uint16_t* q;
   int64_t rows, ratio, width;
   int64_t first_slot;  // slot of the first query; each sees up to its own slot
   int64_t window;      // the last so many slots; 0: all

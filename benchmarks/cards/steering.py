@@ -1,4 +1,8 @@
-"""Methods that see or change activations."""
+"""Methods that see or change activations.
+
+The behaviour that is steered for, the number of heads and the strengths were chosen on the half of
+the files that directions are fitted to; what is measured comes from the other half.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +43,10 @@ CONTEXT = 192
 """Tokens before a line."""
 HEADS = 12
 """That are moved, of the 32 of the model."""
-STRENGTHS = (2.0, 5.0)
+STRENGTHS = (2.0, 4.0)
 CLAIM = "TruthfulQA, Alpaca: 32.5 % to 65.1 % truthful"
 ITI = "inference-time-intervention"
-BEHAVIOUR = "return"
+BEHAVIOUR = "if"
 """The behaviour is to begin the next line with this word."""
 
 
@@ -70,7 +74,7 @@ def find_direction(model: Path, setup: Setup) -> torch.Tensor:
     outputs, labels = [], []
     with open_plain(model, methods=("activation-recorder",)) as llm:
         recorder: Any = llm.methods.taps["activation-recorder"]
-        for ids, shown in beginnings(llm, setup.of(400, 24), slice(0, None, 2), 0):
+        for ids, shown in beginnings(llm, setup.of(800, 24), slice(0, None, 2), 0):
             llm.generate([ids], greedy(1), use_tqdm=False)
             kept = recorder.take()
             outputs.append(torch.stack([kept[layer][0] for layer in sorted(kept)]))

@@ -38,9 +38,19 @@ static size_t carve(int64_t rows, int64_t width, uintptr_t at, AttentionScratch&
   return at - begin;
 }
 
+// Rows of products: where a tile is quicker than what would be left of it, those behind the last
+// are anything, and nobody asks for their results.
+INLINE int64_t product_rows(int64_t rows) {
+#if HEADRACE_LEVEL >= 4
+  return round_up(rows, kTileRows);
+#else
+  return rows;
+#endif
+}
+
 static size_t attention_scratch(int64_t rows, int64_t width) {
   AttentionScratch unused;
-  return carve(rows, width, 0, unused);
+  return carve(product_rows(rows), width, 0, unused);
 }
 
 #include "attention_softmax.inl"
@@ -55,8 +65,8 @@ static void multiply_keys(const AttentionTask& task, const KeyBlock& block, cons
     pack_keys<true>(block, next, task.width, scratch.keys);
   else
     pack_keys<false>(block, next, task.width, scratch.keys);
-  multiply_bf16(task.rows, (block.count + kPanel - 1) / kPanel, task.width / 2, task.q, task.width,
-                scratch.keys, task.width * kPanel, scratch.scores, kKeyBlock, false);
+  multiply_bf16(product_rows(task.rows), (block.count + kPanel - 1) / kPanel, task.width / 2, task.q,
+                task.width, scratch.keys, task.width * kPanel, scratch.scores, kKeyBlock, false);
 }
 
 // The gathered results, divided by the sums; `column` finds each in the order of the products.
@@ -180,7 +190,7 @@ static void attend_many(const AttentionTask& task, const AttentionScratch& scrat
       pack_values<true>(walk.values(), walk.next_values(), task.width, padded, scratch.values);
     else
       pack_values<false>(walk.values(), walk.next_values(), task.width, padded, scratch.values);
-    multiply_bf16(task.rows, columns / kPanel, padded / 2, scratch.probability, kKeyBlock,
+    multiply_bf16(product_rows(task.rows), columns / kPanel, padded / 2, scratch.probability, kKeyBlock,
                   scratch.values, padded * kPanel, scratch.result, columns, true);
   }
   write_result(task, scratch, columns, packed_column);
@@ -188,7 +198,7 @@ static void attend_many(const AttentionTask& task, const AttentionScratch& scrat
 
 static void attend(const AttentionTask& task, std::byte* memory) {
   AttentionScratch scratch;
-  carve(task.rows, task.width, reinterpret_cast<uintptr_t>(memory), scratch);
+  carve(product_rows(task.rows), task.width, reinterpret_cast<uintptr_t>(memory), scratch);
   for (int64_t row = 0; row < task.rows; ++row) scratch.highest[row] = kLowest;
   __builtin_memset(scratch.sums, 0, task.rows * kPanel * sizeof(float));
   __builtin_memset(scratch.result, 0, task.rows * round_up(task.width, 64) * sizeof(float));
@@ -216,7 +226,7 @@ static void attend(const AttentionTask& task, std::byte* memory) {
 
 static void sum_scores(const AttentionTask& task, std::byte* memory) {
   AttentionScratch scratch;
-  carve(task.rows, task.width, reinterpret_cast<uintptr_t>(memory), scratch);
+  carve(product_rows(task.rows), task.width, reinterpret_cast<uintptr_t>(memory), scratch);
   KeyBlock block;
   for (int64_t first = task.begin; first < task.end; first += kKeyBlock) {
     locate(task.keys, task, first, least(kKeyBlock, task.end - first), scratch.copies[0], block);

@@ -68,7 +68,7 @@ def mistakes(path: Path) -> Iterator[str]:
 
 
 def test_what_ships_is_whole() -> None:
-    """All files are of methods, and no run of the benchmark is unfinished."""
+    """All files are of methods."""
     files = list(cards_directory().glob("*"))
     assert [path.name for path in files if path.suffix != ".json"] == []
     found = {path.name: [*mistakes(path)] for path in files}
