@@ -13,68 +13,147 @@ static void widen(const NeuronCall& call, int64_t row) {
   for (int64_t i = 0; i < width; ++i) wide[i] = from_bf16(x[i]);
 }
 
-INLINE float as_float(uint16_t half) { return from_bf16(half); }
-INLINE float as_float(int8_t step) { return static_cast<float>(step); }
+#if HEADRACE_LEVEL == 0
+typedef float Floats __attribute__((vector_size(16)));
+INLINE Floats repeat(float value) { return Floats{} + value; }
+INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+#endif
 
-// Products of a row with those of gate and up, in sixteen lanes each. Memory that follows is
-// fetched meanwhile: where the next neuron lies, no processor can know.
+constexpr int kFloats = static_cast<int>(sizeof(Floats) / sizeof(float));
+constexpr int kSteps = 4;  // vectors in one go: of int8 on AVX-512, what the first cache fetches
+constexpr int kTogether = 4;  // neurons whose columns are added in one go
+
+INLINE float widened(uint16_t half) { return from_bf16(half); }
+INLINE float widened(int8_t step) { return static_cast<float>(step); }
+#if HEADRACE_LEVEL == 0
+template <class Weight>
+INLINE Floats load_wide(const Weight* from) {
+  return Floats{widened(from[0]), widened(from[1]), widened(from[2]), widened(from[3])};
+}
+#else
+INLINE Floats load_wide(const uint16_t* from) { return load_factors(from, true); }
+INLINE Floats load_wide(const int8_t* from) { return to_floats(load_steps(from)); }
+#endif
+INLINE Floats load_floats(const float* from) {
+  Floats value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+INLINE float sum_of(Floats value) {
+  float sum = 0;
+  for (int lane = 0; lane < kFloats; ++lane) sum += value[lane];
+  return sum;
+}
+
+template <class Weight>
+INLINE void fetch(const Weight* from) {
+  for (int i = 0; i < kSteps * kFloats; i += 64 / static_cast<int>(sizeof(Weight)))
+    __builtin_prefetch(from + i, 0, 2);
+}
+
+// Products of a row with those of gate and up. A neuron that comes later is fetched meanwhile: where
+// it lies, no processor can know.
 template <class Weight>
 INLINE void gate_and_up(const float* x, const Weight* weight, int64_t width, const Weight* ahead,
                         float* gate, float* up) {
   const Weight* other = weight + width;
-  float gates[kLanes] = {}, ups[kLanes] = {};
+  Floats gates[kSteps] = {}, ups[kSteps] = {};
   int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) {
-    __builtin_prefetch(ahead + i, 0, 2);
-    __builtin_prefetch(ahead + width + i, 0, 2);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      gates[lane] = multiply_add(x[i + lane], as_float(weight[i + lane]), gates[lane]);
-      ups[lane] = multiply_add(x[i + lane], as_float(other[i + lane]), ups[lane]);
+  for (; i + kSteps * kFloats <= width; i += kSteps * kFloats) {
+    fetch(ahead + i);
+    fetch(ahead + width + i);
+#pragma GCC unroll 4
+    for (int j = 0; j < kSteps; ++j) {
+      const Floats inputs = load_floats(x + i + j * kFloats);
+      gates[j] = multiply_add(inputs, load_wide(weight + i + j * kFloats), gates[j]);
+      ups[j] = multiply_add(inputs, load_wide(other + i + j * kFloats), ups[j]);
     }
   }
+  *gate = sum_of((gates[0] + gates[1]) + (gates[2] + gates[3]));
+  *up = sum_of((ups[0] + ups[1]) + (ups[2] + ups[3]));
   for (; i < width; ++i) {
-    gates[0] = multiply_add(x[i], as_float(weight[i]), gates[0]);
-    ups[0] = multiply_add(x[i], as_float(other[i]), ups[0]);
+    *gate = multiply_add(x[i], widened(weight[i]), *gate);
+    *up = multiply_add(x[i], widened(other[i]), *up);
   }
-  *gate = *up = 0;
-  for (int lane = 0; lane < kLanes; ++lane) *gate += gates[lane], *up += ups[lane];
+}
+
+// What some neurons say to one row.
+template <class Weight>
+struct Said {
+  int count;
+  float inner[kTogether];
+  const Weight* columns[kTogether];
+  const Weight* ahead[kTogether];
+};
+
+template <int Count, class Weight>
+INLINE void add_columns(const Said<Weight>& said, int64_t width, float* sums) {
+  Floats inner[Count];
+#pragma GCC unroll 4
+  for (int n = 0; n < Count; ++n) inner[n] = repeat(said.inner[n]);
+  int64_t i = 0;
+  for (; i + kSteps * kFloats <= width; i += kSteps * kFloats) {
+    Floats sum[kSteps];
+#pragma GCC unroll 4
+    for (int j = 0; j < kSteps; ++j) sum[j] = load_floats(sums + i + j * kFloats);
+#pragma GCC unroll 4
+    for (int n = 0; n < Count; ++n) {
+      fetch(said.ahead[n] + i);
+#pragma GCC unroll 4
+      for (int j = 0; j < kSteps; ++j)
+        sum[j] = multiply_add(inner[n], load_wide(said.columns[n] + i + j * kFloats), sum[j]);
+    }
+    __builtin_memcpy(sums + i, sum, sizeof sum);
+  }
+  for (; i < width; ++i)
+    for (int n = 0; n < Count; ++n)
+      sums[i] = multiply_add(said.inner[n], widened(said.columns[n][i]), sums[i]);
 }
 
 template <class Weight>
-INLINE void add_column(float inner, const Weight* column, int64_t width, const Weight* ahead,
-                       float* __restrict sums) {
-  int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) {
-    __builtin_prefetch(ahead + i, 0, 2);
-    for (int lane = 0; lane < kLanes; ++lane)
-      sums[i + lane] = multiply_add(inner, as_float(column[i + lane]), sums[i + lane]);
+INLINE float say(const NeuronCall& call, int64_t row, int32_t id, const Weight* values,
+                 const Weight* ahead) {
+  const NeuronWeight& weight = *call.weight;
+  const int64_t width = weight.hidden;
+  const float* scales = weight.scales == nullptr ? nullptr : weight.scales + id * 3;
+  float gate, up;
+  gate_and_up(call.wide + row * width, values, width, ahead, &gate, &up);
+  if (scales != nullptr) gate *= scales[0], up *= scales[1];
+  if (weight.inner_bias != nullptr) {
+    gate += weight.inner_bias[id * 2];
+    up += weight.inner_bias[id * 2 + 1];
   }
-  for (; i < width; ++i) sums[i] = multiply_add(inner, as_float(column[i]), sums[i]);
+  const float inner = gate / (1.0f + exponential(-gate)) * up;
+  return scales == nullptr ? inner : inner * scales[2];
 }
 
 template <class Weight>
 static void add_neurons(const NeuronCall& call, const int32_t* ids, int64_t count, float* sums) {
-  const NeuronWeight& weight = *call.weight;
-  const int64_t width = weight.hidden;
-  const auto* all = static_cast<const Weight*>(weight.values);
+  const int64_t width = call.weight->hidden;
+  const auto* all = static_cast<const Weight*>(call.weight->values);
   __builtin_memset(sums, 0, static_cast<size_t>(call.rows * width) * sizeof(float));
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t id = ids[i], next = ids[i + 1 < count ? i + 1 : i];
-    const Weight *values = all + id * 3 * width, *ahead = all + next * 3 * width;
-    const float* scales = weight.scales == nullptr ? nullptr : weight.scales + id * 3;
-    const uint32_t takers = call.takers[id];
-    for (int64_t row = 0; row < call.rows; ++row) {
-      if ((takers >> row & 1) == 0) continue;
-      float gate, up;
-      gate_and_up(call.wide + row * width, values, width, ahead, &gate, &up);
-      if (scales != nullptr) gate *= scales[0], up *= scales[1];
-      if (weight.inner_bias != nullptr) {
-        gate += weight.inner_bias[id * 2];
-        up += weight.inner_bias[id * 2 + 1];
+  for (int64_t first = 0; first < count; first += kTogether) {
+    Said<Weight> said[kNeuronRows];
+    for (int64_t row = 0; row < call.rows; ++row) said[row].count = 0;
+    for (int64_t i = first; i < least(first + kTogether, count); ++i) {
+      const Weight* values = all + ids[i] * 3 * width;
+      const Weight* ahead = all + ids[least(i + kTogether, count - 1)] * 3 * width;
+      for (uint32_t takers = call.takers[ids[i]]; takers != 0; takers &= takers - 1) {
+        const int row = __builtin_ctz(takers);
+        Said<Weight>& to = said[row];
+        to.inner[to.count] = say(call, row, ids[i], values, ahead);
+        to.columns[to.count] = values + 2 * width;
+        to.ahead[to.count++] = ahead + 2 * width;
       }
-      float inner = gate / (1.0f + exponential(-gate)) * up;
-      if (scales != nullptr) inner *= scales[2];
-      add_column(inner, values + 2 * width, width, ahead + 2 * width, sums + row * width);
+    }
+    for (int64_t row = 0; row < call.rows; ++row) {
+      float* to = sums + row * width;
+      switch (said[row].count) {
+        case 4: add_columns<4>(said[row], width, to); break;
+        case 3: add_columns<3>(said[row], width, to); break;
+        case 2: add_columns<2>(said[row], width, to); break;
+        case 1: add_columns<1>(said[row], width, to); break;
+      }
     }
   }
 }
