@@ -103,11 +103,15 @@ struct NeuronCall {
   const uint16_t* norm;  // weight [hidden] of an RMS norm before it, or null
   float epsilon;         // of that norm
   uint16_t* halves;      // [rows, hidden]: room for the norm
-  float* wide;           // [rows, hidden]: what goes through the neurons
+  std::byte* inputs;     // [rows, input_bytes]: what goes through the neurons, as products take it
   const uint8_t* takers;  // [neurons]: bit r for row r, which goes through the neuron
+
+  // Room for fp32, or for two bytes of each value in whole vectors, a factor and a sum.
+  int64_t input_bytes() const { return (weight->hidden * 4 + 63) / 64 * 64 + 192; }
 };
 
 constexpr int64_t kNeuronRows = 8;
+constexpr int64_t kMaxNeuronHidden = 1 << 16;  // for which sums of bytes fit in 32 bits
 
 // A scale search over groups of weights: value = scale * (q - zero), q in [lowest, highest].
 struct ScaleSearch {
@@ -140,8 +144,8 @@ struct Kernels {
   void (*rows_of)(const LinearWeight& weight, const int64_t* ids, int64_t count, uint16_t* out);
   void (*rms_norm)(const uint16_t* x, int64_t stride, int64_t rows, int64_t width,
                    const uint16_t* weight, float epsilon, uint16_t* out);
-  // Norm of row `row`, and its activations in fp32.
-  void (*widen)(const NeuronCall& call, int64_t row);
+  // Norm and inputs of row `row`.
+  void (*prepare_neurons)(const NeuronCall& call, int64_t row);
   // What `count` neurons add to the result: sums [rows, hidden], which are set.
   void (*neurons)(const NeuronCall& call, const int32_t* ids, int64_t count, float* sums);
   // out [width] = the sum of `parts` [count] sums, `stride` apart, bias and residual (or null).

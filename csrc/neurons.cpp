@@ -41,12 +41,13 @@ void run_neurons(Context& context, NeuronCall& call, const std::vector<int32_t>&
   const int64_t width = call.weight->hidden, count = static_cast<int64_t>(taken.size());
   const int64_t parts = std::clamp<int64_t>(count * call.weight->neuron_bytes() / kPartBytes, 1, kMostParts);
   const auto elements = static_cast<size_t>(call.rows * width);
-  const size_t wide = align64(elements * 2), sums = wide + align64(elements * 4);
+  const size_t inputs = align64(elements * 2);
+  const size_t sums = inputs + static_cast<size_t>(call.rows * call.input_bytes());
   std::byte* memory = context.workspace(sums + elements * 4 * static_cast<size_t>(parts));
   call.halves = reinterpret_cast<uint16_t*>(memory);
-  call.wide = reinterpret_cast<float*>(memory + wide);
+  call.inputs = memory + inputs;
   auto* apart = reinterpret_cast<float*>(memory + sums);
-  context.pool.run(call.rows, [&](int64_t row, int) { kernels.widen(call, row); });
+  context.pool.run(call.rows, [&](int64_t row, int) { kernels.prepare_neurons(call, row); });
   context.pool.run(parts, [&](int64_t part, int) {
     const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
     kernels.neurons(call, taken.data() + begin, end - begin, apart + part * call.rows * width);
@@ -95,6 +96,7 @@ void bind_neurons(nb::module_& module, nb::class_<Context>& context) {
   nb::class_<NeuronWeight>(module, "NeuronWeight").def("__init__", [](NeuronWeight* self,
       int64_t neurons, int64_t hidden, uintptr_t values, uintptr_t scales, uintptr_t inner_bias) {
     if (neurons < 1 || hidden < 1) throw std::invalid_argument("neurons, hidden: must be positive");
+    if (hidden > kMaxNeuronHidden) throw std::invalid_argument("hidden: must be at most 65536");
     new (self) NeuronWeight{neurons, hidden, pointer<const void>(values),
                             pointer<const float>(scales), pointer<const float>(inner_bias)};
   }, nb::arg("neurons"), nb::arg("hidden"), nb::arg("values"), nb::arg("scales"),

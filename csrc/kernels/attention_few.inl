@@ -3,55 +3,6 @@
 
 constexpr int64_t kFewRows = 8;
 
-// Sums of products, in place. GCC copies the accumulators of the intrinsics back and forth in loops
-// that need most registers, and does not fold broadcasts.
-using Word = uint32_t __attribute__((may_alias));
-
-INLINE void add_bytes(__m512i& sum, __m512i unsigned_bytes, __m512i signed_bytes) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(signed_bytes));
-}
-
-INLINE void add_bytes(__m512i& sum, __m512i unsigned_bytes, const int8_t* four) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0"
-      : "+v"(sum)
-      : "v"(unsigned_bytes), "m"(*reinterpret_cast<const Word*>(four)));
-}
-
-#if HEADRACE_LEVEL >= 3
-
-INLINE void add_halves(__m512& sum, __m512i a, __m512i b) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-}
-
-INLINE void add_halves(__m512& sum, __m512i a, const uint16_t* two) {
-  asm("vdpbf16ps %2%{1to16%}, %1, %0"
-      : "+v"(sum)
-      : "v"(a), "m"(*reinterpret_cast<const Word*>(two)));
-}
-
-#else
-
-INLINE void add_halves(__m512& sum, __m512i a, __m512i b) {
-  const __m512i high = _mm512_set1_epi32(0xffff0000);
-  const auto even = [](__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); };
-  const auto odd = [&](__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, high)); };
-  sum = _mm512_fmadd_ps(odd(a), odd(b), _mm512_fmadd_ps(even(a), even(b), sum));
-}
-
-INLINE void add_halves(__m512& sum, __m512i a, const uint16_t* two) {
-  add_halves(sum, a, _mm512_set1_epi32(load32(two)));
-}
-
-#endif
-
-INLINE __mmask32 columns_left(int64_t count) {
-  return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
-}
-
-INLINE __mmask64 bytes_left(int64_t count) {
-  return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
-}
-
 // ---- bf16 ---------------------------------------------------------------------------------------
 
 template <int Rows>
@@ -128,10 +79,10 @@ static void few_values(const KeyBlock& block, const KeyBlock* next, int64_t widt
 
 // ---- int8 ---------------------------------------------------------------------------------------
 
-// With 15 bits and a sign, in two bytes, queries and probabilities lose less than by bf16, and
-// bytes are multiplied by bytes. Sums of 256 products fit in 32 bits.
+// Probabilities are split into bytes like queries, without a sign. Sums of 256 products fit in 32
+// bits.
 constexpr int64_t kMaxByteWidth = 256;
-constexpr float kQueryLevels = 32512.0f, kProbabilityLevels = 65280.0f;
+constexpr float kProbabilityLevels = 65280.0f;
 
 struct ByteQueries {
   alignas(64) int8_t high[kFewRows][kMaxByteWidth];
@@ -143,26 +94,8 @@ struct ByteQueries {
 static void split_queries(const AttentionTask& task, ByteQueries& out) {
   __builtin_memset(&out, 0, sizeof out);
   for (int64_t row = 0; row < task.rows; ++row) {
-    const uint16_t* q = task.q + row * task.width;
-    int32_t bits = 0;
-    for (int64_t i = 0; i < task.width; ++i) {
-      const int32_t magnitude = (q[i] & 0x7fff) << 16;
-      bits = magnitude > bits ? magnitude : bits;
-    }
-    float largest = __builtin_bit_cast(float, bits);
-    largest = largest < 1e-30f ? 1e-30f : largest;
-    const float levels = 1.0f / largest * kQueryLevels;
-    int32_t sum = 0;
-    for (int64_t i = 0; i < task.width; ++i) {
-      const float level = from_bf16(q[i]) * levels;
-      const bool finite = level >= -32600.0f && level <= 32600.0f;
-      const int32_t value = static_cast<int32_t>(__builtin_rintf(finite ? level : 0.0f));
-      const int32_t low = ((value + 128) & 255) - 128;
-      out.low[row][i] = static_cast<int8_t>(low);
-      out.high[row][i] = static_cast<int8_t>((value - low) >> 8);
-      sum += value;
-    }
-    out.factor[row] = largest / kQueryLevels;  // NaN if a query is: its scores are too
+    const int32_t sum = split_row(task.q + row * task.width, task.width, out.high[row],
+                                  out.low[row], &out.factor[row]);
     out.offset[row] = 128 * sum;
   }
 }

@@ -18,6 +18,7 @@ namespace {
 
 #include "base.inl"
 #if HEADRACE_LEVEL >= 2
+#include "vectors_avx512.inl"
 #include "blocks_avx512.inl"
 #elif HEADRACE_LEVEL == 1
 #include "blocks_avx2.inl"
@@ -49,7 +50,7 @@ constinit const Kernels kernels = {
     linear,
     rows_of,
     rms_norm,
-    widen,
+    prepare_neurons,
     neurons,
     join,
     search_scales,

@@ -1,18 +1,6 @@
 // A gated feed-forward, neuron by neuron: the weights of a neuron are read once for all rows that go
 // through it, and stay in the first cache meanwhile.
 
-static void widen(const NeuronCall& call, int64_t row) {
-  const int64_t width = call.weight->hidden;
-  const uint16_t* x = call.x + row * call.x_stride;
-  if (call.norm != nullptr) {
-    uint16_t* normed = call.halves + row * width;
-    norm_row(x, width, call.norm, call.epsilon, normed);
-    x = normed;
-  }
-  float* wide = call.wide + row * width;
-  for (int64_t i = 0; i < width; ++i) wide[i] = from_bf16(x[i]);
-}
-
 #if HEADRACE_LEVEL == 0
 typedef float Floats __attribute__((vector_size(16)));
 INLINE Floats repeat(float value) { return Floats{} + value; }
@@ -51,11 +39,94 @@ INLINE void fetch(const Weight* from) {
     __builtin_prefetch(from + i, 0, 2);
 }
 
-// Products of a row with those of gate and up. A neuron that comes later is fetched meanwhile: where
-// it lies, no processor can know.
+#if HEADRACE_LEVEL >= 2
+
+struct SplitInputs {
+  alignas(64) float factor;
+  int32_t offset;  // what weights that are moved by 128 add
+  // high and low bytes [width each, in whole vectors] follow
+
+  int8_t* high() { return reinterpret_cast<int8_t*>(this + 1); }
+  const int8_t* high() const { return reinterpret_cast<const int8_t*>(this + 1); }
+};
+
+INLINE int64_t whole_vectors(int64_t width) { return (width + 63) / 64 * 64; }
+
+static void prepare_inputs(const NeuronWeight& weight, const uint16_t* x, std::byte* inputs) {
+  const int64_t width = weight.hidden;
+  if (weight.scales == nullptr) {
+    __builtin_memcpy(inputs, x, static_cast<size_t>(width) * 2);
+    return;
+  }
+  auto* split = reinterpret_cast<SplitInputs*>(inputs);
+  split->offset = 
+      split_row(x, width, split->high(), split->high() + whole_vectors(width), &split->factor);
+}
+
+INLINE void gate_and_up(const std::byte* inputs, const uint16_t* weight, int64_t width,
+                        const uint16_t* ahead, float* gate, float* up) {
+  const auto* x = reinterpret_cast<const uint16_t*>(inputs);
+  const uint16_t* other = weight + width;
+  __m512 gates[2] = {}, ups[2] = {};
+  int64_t i = 0;
+  for (; i + 64 <= width; i += 64) {
+    fetch(ahead + i);
+    fetch(ahead + width + i);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512i pairs = _mm512_loadu_si512(x + i + 32 * j);
+      add_halves(gates[j], _mm512_loadu_si512(weight + i + 32 * j), pairs);
+      add_halves(ups[j], _mm512_loadu_si512(other + i + 32 * j), pairs);
+    }
+  }
+  for (; i < width; i += 32) {
+    const __mmask32 mask = columns_left(width - i);
+    const __m512i pairs = _mm512_maskz_loadu_epi16(mask, x + i);
+    add_halves(gates[0], _mm512_maskz_loadu_epi16(mask, weight + i), pairs);
+    add_halves(ups[0], _mm512_maskz_loadu_epi16(mask, other + i), pairs);
+  }
+  *gate = _mm512_reduce_add_ps(_mm512_add_ps(gates[0], gates[1]));
+  *up = _mm512_reduce_add_ps(_mm512_add_ps(ups[0], ups[1]));
+}
+
+INLINE void gate_and_up(const std::byte* inputs, const int8_t* weight, int64_t width,
+                        const int8_t* ahead, float* gate, float* up) {
+  const auto& x = *reinterpret_cast<const SplitInputs*>(inputs);
+  const int8_t *high = x.high(), *low = high + whole_vectors(width);
+  const __m512i moved = _mm512_set1_epi8(-128);
+  __m512i gates[2] = {}, ups[2] = {};
+  for (int64_t i = 0; i < width; i += 64) {
+    fetch(ahead + i);
+    fetch(ahead + width + i);
+    const __mmask64 mask = bytes_left(width - i);
+    const auto load = [&](const int8_t* from) { return _mm512_maskz_loadu_epi8(mask, from + i); };
+    const __m512i own = _mm512_xor_si512(load(weight), moved);
+    const __m512i other = _mm512_xor_si512(load(weight + width), moved);
+    const __m512i highs = load(high), lows = load(low);
+    add_bytes(gates[0], own, highs);
+    add_bytes(gates[1], own, lows);
+    add_bytes(ups[0], other, highs);
+    add_bytes(ups[1], other, lows);
+  }
+  const auto total = [&](const __m512i* sums) {
+    const int64_t highs = _mm512_reduce_add_epi32(sums[0]), lows = _mm512_reduce_add_epi32(sums[1]);
+    return static_cast<float>(highs * 256 + lows - int64_t{x.offset} * 128) * x.factor;
+  };
+  *gate = total(gates);
+  *up = total(ups);
+}
+
+#else
+
+static void prepare_inputs(const NeuronWeight& weight, const uint16_t* x, std::byte* inputs) {
+  auto* wide = reinterpret_cast<float*>(inputs);
+  for (int64_t i = 0; i < weight.hidden; ++i) wide[i] = from_bf16(x[i]);
+}
+
 template <class Weight>
-INLINE void gate_and_up(const float* x, const Weight* weight, int64_t width, const Weight* ahead,
-                        float* gate, float* up) {
+INLINE void gate_and_up(const std::byte* inputs, const Weight* weight, int64_t width,
+                        const Weight* ahead, float* gate, float* up) {
+  const auto* x = reinterpret_cast<const float*>(inputs);
   const Weight* other = weight + width;
   Floats gates[kSteps] = {}, ups[kSteps] = {};
   int64_t i = 0;
@@ -64,9 +135,9 @@ INLINE void gate_and_up(const float* x, const Weight* weight, int64_t width, con
     fetch(ahead + width + i);
 #pragma GCC unroll 4
     for (int j = 0; j < kSteps; ++j) {
-      const Floats inputs = load_floats(x + i + j * kFloats);
-      gates[j] = multiply_add(inputs, load_wide(weight + i + j * kFloats), gates[j]);
-      ups[j] = multiply_add(inputs, load_wide(other + i + j * kFloats), ups[j]);
+      const Floats wide = load_floats(x + i + j * kFloats);
+      gates[j] = multiply_add(wide, load_wide(weight + i + j * kFloats), gates[j]);
+      ups[j] = multiply_add(wide, load_wide(other + i + j * kFloats), ups[j]);
     }
   }
   *gate = sum_of((gates[0] + gates[1]) + (gates[2] + gates[3]));
@@ -75,6 +146,18 @@ INLINE void gate_and_up(const float* x, const Weight* weight, int64_t width, con
     *gate = multiply_add(x[i], widened(weight[i]), *gate);
     *up = multiply_add(x[i], widened(other[i]), *up);
   }
+}
+
+#endif
+
+static void prepare_neurons(const NeuronCall& call, int64_t row) {
+  const uint16_t* x = call.x + row * call.x_stride;
+  if (call.norm != nullptr) {
+    uint16_t* normed = call.halves + row * call.weight->hidden;
+    norm_row(x, call.weight->hidden, call.norm, call.epsilon, normed);
+    x = normed;
+  }
+  prepare_inputs(*call.weight, x, call.inputs + row * call.input_bytes());
 }
 
 // What some neurons say to one row.
@@ -117,7 +200,7 @@ INLINE float say(const NeuronCall& call, int64_t row, int32_t id, const Weight* 
   const int64_t width = weight.hidden;
   const float* scales = weight.scales == nullptr ? nullptr : weight.scales + id * 3;
   float gate, up;
-  gate_and_up(call.wide + row * width, values, width, ahead, &gate, &up);
+  gate_and_up(call.inputs + row * call.input_bytes(), values, width, ahead, &gate, &up);
   if (scales != nullptr) gate *= scales[0], up *= scales[1];
   if (weight.inner_bias != nullptr) {
     gate += weight.inner_bias[id * 2];
