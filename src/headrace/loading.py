@@ -187,7 +187,7 @@ def _load(
     model = architecture(read, loader, source.ops)
     placing.weights_are_loaded()
     by_neuron = NeuronLoader(checkpoint, architecture.load_map, source.ops, loader.plan)
-    neurons = methods.open_neurons(model, by_neuron)
+    neurons = methods.open_neurons(model, by_neuron, source.ops.selection)
     loader.num_bytes += neurons.num_bytes if neurons else 0
     depth = methods.open_depth(model, source.ops)
     planes = [part.planes for part in (neurons, depth) if part]

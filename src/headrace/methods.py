@@ -26,6 +26,7 @@ from headrace.exec.sampling.sampler import Sampler
 from headrace.exec.taps import Tap, TapMethod
 from headrace.models.base import DecoderModel
 from headrace.ops.neurons import Activation, NeuronProduct
+from headrace.ops.selection import Selection
 from headrace.ops.table import Ops
 
 ROOMS = (
@@ -203,7 +204,10 @@ class MethodSet:
                 raise ConfigurationError(f"method: {method.name()}: {error}") from None
 
     def open_neurons(
-        self, model: DecoderModel, load: Callable[[GatedNames, Activation], NeuronProduct]
+        self,
+        model: DecoderModel,
+        load: Callable[[GatedNames, Activation], NeuronProduct],
+        selection: Selection,
     ) -> NeuronRouter | None:
         """What sends inputs through some inner neurons; ``None`` if no method asks for that.
 
@@ -212,7 +216,7 @@ class MethodSet:
         """
         for method in of_kind(self.methods, NeuronMethod):
             try:
-                return NeuronRouter(method, gated_layers(model), load)
+                return NeuronRouter(method, gated_layers(model), load, selection)
             except ValueError as error:
                 raise ConfigurationError(f"method: {method.name()}: {error}") from None
         return None

@@ -17,7 +17,7 @@ from headrace.ops.neurons import Activation, NeuronTensors
 SIZES = ((1, 1), (5, 33), (112, 64), (300, 129), (700, 200))
 """Neurons and hidden size."""
 
-TOKENS = (1, 2, 3, 9)
+TOKENS = (1, 2, 3, 8, 9)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

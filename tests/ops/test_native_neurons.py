@@ -51,13 +51,15 @@ def test_products(context: extension._native.Context, case: NeuronCase) -> None:
         torch.testing.assert_close(found.float(), wanted, rtol=2**-7, atol=1e-4)
 
 
-def test_rows_do_not_mix(context: extension._native.Context) -> None:
+@pytest.mark.parametrize("case", [WIDE, WIDE_INT8], ids=str)
+def test_rows_do_not_mix(context: extension._native.Context, case: NeuronCase) -> None:
     """More rows than go at once, of which some are no numbers and some go through nothing."""
-    tensors = WIDE.tensors(HALF)
+    tensors = case.tensors(HALF)
     product = NativeNeurons(context, tensors)
-    x, chosen = torch.randn(19, WIDE.hidden).to(HALF), WIDE.subsets(19)
+    x, chosen = torch.randn(19, case.hidden).to(HALF), case.subsets(19)
     clean = product(x, chosen)
-    assert torch.equal(clean[4].float(), tensors.bias.to(HALF).float())
+    bias = torch.zeros(case.hidden) if tensors.bias is None else tensors.bias
+    assert torch.equal(clean[4].float(), bias.to(HALF).float())
     broken = [2, 11, 18]
     for row, value in zip(broken, (torch.nan, torch.inf, torch.nan), strict=True):
         x[row, row] = value
@@ -65,6 +67,35 @@ def test_rows_do_not_mix(context: extension._native.Context) -> None:
     rest = [row for row in range(19) if row not in broken]
     assert torch.equal(found[rest], clean[rest])
     assert not found[broken].isfinite().all(1).any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_broken_neurons_reach_those_that_go_through_them(
+    context: extension._native.Context, value: float
+) -> None:
+    """In columns as well: nothing is multiplied by 0 to leave it out."""
+    tensors = NeuronCase(40, 131, F.silu, True).tensors(HALF)
+    chosen = torch.tensor([[0, 1, 3, -1], [1, 2, 3, 4], [5, 6, 7, 39]], dtype=torch.int32)
+    x = torch.randn(3, 131).to(HALF)
+    clean = NativeNeurons(context, tensors)(x, chosen)
+    tensors.weight[2, :, 130] = value
+    found = NativeNeurons(context, tensors)(x, chosen)
+    assert torch.equal(found[[0, 2]], clean[[0, 2]])
+    assert not found[1, 130].isfinite()
+
+
+def test_inputs_of_any_size(context: extension._native.Context) -> None:
+    """Zeros, and what bf16 has next to infinity and to 0."""
+    for case in (WIDE, WIDE_INT8):
+        tensors = replace(case.tensors(HALF), inner_bias=None, bias=None)
+        product, expected = NativeNeurons(context, tensors), in_float(tensors)
+        chosen = case.subsets(3)
+        unit = torch.randn(1, case.hidden)
+        for scale in (0.0, 1e-37, 1e-15, 1e18):
+            x = (unit * scale).repeat(3, 1).to(HALF)
+            wanted = expected(x.float(), chosen)
+            error = (product(x, chosen).float() - wanted).abs().max()
+            assert error <= 2**-7 * wanted.abs().max() + 1e-37
 
 
 def test_threads_agree() -> None:
@@ -87,6 +118,11 @@ class TestRefusals:
     @pytest.fixture
     def product(self, context: extension._native.Context) -> NativeNeurons:
         return NativeNeurons(context, NeuronCase(40, 24, F.silu, False).tensors(HALF))
+
+    def test_widths_that_sums_have_no_room_for(self, context: extension._native.Context) -> None:
+        weight = torch.zeros(1, 3, 2**16 + 1, dtype=HALF)
+        with pytest.raises(ValueError, match="hidden: must be at most 65536"):
+            NativeNeurons(context, NeuronTensors(weight, F.silu))
 
     @pytest.mark.parametrize("neuron", [40, -2, 2**31 - 1])
     def test_neurons_that_there_are_not(self, product: NativeNeurons, neuron: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from headrace.ops import reference
 from headrace.ops.linear import RMSNorm
 from headrace.ops.neurons import NeuronTensors, ReferenceNeurons
+from headrace.ops.selection import partitioned_strongest, strongest
 from headrace.ops.table import VERSIONS
 from tests.ops.function_cases import TOLERANCES
 from tests.ops.neuron_cases import CASES, NeuronCase
@@ -80,3 +81,22 @@ def test_integers_are_the_nearest() -> None:
     error = (steps * quantized.scales[..., None] - plain.weight).abs()
     assert (error <= 0.5001 * quantized.scales[..., None]).all()
     assert quantized.num_bytes < plain.num_bytes / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("share", [1e-9, 0.4, 1.0])
+def test_the_strongest_are_found(share: float, dtype: torch.dtype) -> None:
+    """Among equals, all or none positive, infinite, and where the product is hardly whole."""
+    torch.manual_seed(1)
+    values = torch.randn(9, 200).to(dtype)
+    values[1], values[2], values[3] = -values[1].abs(), 0, values[3].abs()
+    values[4] = values[4].sign()
+    values[5, 7] = torch.inf
+    values[6, 10:] = -1
+    values[7, :5], values[7, 5:] = 0.5, -1
+    found = strongest(values, share)
+    assert torch.equal(partitioned_strongest(values, share), found)
+    for row, lowest in zip(values.tolist(), found.flatten().tolist(), strict=True):
+        positive = sorted((value for value in row if value > 0), reverse=True)
+        size = math.ceil(share * len(positive))
+        assert lowest == (positive[size - 1] if size else math.inf)

@@ -22,6 +22,7 @@ from headrace.models.base import (
     NeuronStep,
 )
 from headrace.ops.neurons import Activation, NeuronProduct
+from headrace.ops.selection import Selection
 
 CHOSEN = "chosen_neurons"
 """The plane of every layer that holds what was chosen: int32 ``[neurons]``, -1 behind the last."""
@@ -63,12 +64,15 @@ class NeuronMethod(Method):
         """How many of a layer's neurons are chosen: at least 1, at most all."""
 
     @abstractmethod
-    def observe(self, inner: Tensor, statistics: Mapping[str, Tensor]) -> None:
+    def observe(
+        self, inner: Tensor, statistics: Mapping[str, Tensor], selection: Selection
+    ) -> None:
         """Bring the statistics up to date with inputs of a prompt, in their order.
 
         Args:
             inner: ``[T, neurons]`` in the compute dtype: ``activation(gate(x)) * up(x)``.
             statistics: name of a plane -> ``[heads, width]``, changed in place.
+            selection: searches in wide rows.
         """
 
     @abstractmethod
@@ -101,6 +105,7 @@ class DividedStep(NeuronStep):
         rows: int64 ``[n]``: the table rows of the ``partial`` inputs.
         methods: of these inputs, without repetition.
         states: layer -> its planes of scope "sequence".
+        selection: searches for methods.
     """
 
     def __init__(
@@ -111,10 +116,11 @@ class DividedStep(NeuronStep):
         rows: Tensor,
         methods: Sequence[NeuronMethod],
         states: Callable[[int], States],
+        selection: Selection,
     ) -> None:
         self.whole, self.partial = whole, partial
         self._prompts, self._rows, self._methods = prompts, rows, methods
-        self._states = states
+        self._states, self._selection = states, selection
 
     def observe(self, layer: int, inner: Tensor) -> None:
         states = self._states(layer)
@@ -122,7 +128,7 @@ class DividedStep(NeuronStep):
             method = prompt.method
             names = [plane.name for plane in method.statistics(inner.shape[1])]
             statistics = {name: states[name][prompt.table_row] for name in names}
-            method.observe(inner[prompt.first : prompt.end], statistics)
+            method.observe(inner[prompt.first : prompt.end], statistics, self._selection)
             if prompt.last:
                 chosen = method.choose(statistics)
                 entry = states[CHOSEN][prompt.table_row, 0]
@@ -142,6 +148,7 @@ class NeuronRouter:
         method: that chooses, as the engine has it.
         layers: the feed-forward of each layer.
         load: makes its weights ready neuron by neuron.
+        selection: searches for methods.
 
     Attributes:
         routes: what the layer loop sets.
@@ -154,8 +161,9 @@ class NeuronRouter:
         method: NeuronMethod,
         layers: Sequence[DividedFeedForward],
         load: Callable[[GatedNames, Activation], NeuronProduct],
+        selection: Selection,
     ) -> None:
-        self.routes = NeuronRoutes()
+        self.routes, self._selection = NeuronRoutes(), selection
         self.num_bytes = 0
         planes: list[tuple[int, PlaneSpec]] = []
         for index, layer in enumerate(layers):
@@ -204,6 +212,7 @@ class NeuronRouter:
             of_rows,
             list(dict.fromkeys(methods)),
             arena.states,
+            self._selection,
         )
 
 

@@ -1,11 +1,13 @@
-"""The likeliest tokens of rows as wide as a vocabulary, found without sorting."""
+"""Searches in wide rows: the likeliest tokens, the strongest neurons."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,12 +53,35 @@ def lowest_kept(scores: Tensor, measures: Tensor, wanted: Tensor) -> Tensor:
     return -prefix.view(torch.float32)
 
 
+def strongest(values: Tensor, share: float) -> Tensor:
+    """``[R, 1]``: the lowest of the ``share`` of each row's positive values that are the highest.
+
+    Infinity where none is positive. ``share`` is above 0 and at most 1, ``values`` ``[R, width]``.
+    """
+    counts = (values > 0).sum(1, keepdim=True)
+    sizes = (counts.double() * share).ceil().long()
+    most = max(1, int(sizes.max()))
+    places = (sizes - 1).clamp_min(0)
+    return values.topk(most, dim=1).values.gather(1, places).masked_fill(sizes == 0, torch.inf)
+
+
+def partitioned_strongest(values: Tensor, share: float) -> Tensor:
+    """``strongest`` on a CPU: rows are divided at the value that is sought, and not sorted."""
+    found = np.full((len(values), 1), np.inf, np.float32)
+    for place, row in enumerate(values.float().numpy()):
+        size = math.ceil(np.count_nonzero(row > 0) * share)
+        if size > 0:
+            found[place] = np.partition(row, -size)[-size]
+    return torch.from_numpy(found).to(values.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The two searches, with the signatures of the functions after which they are named."""
+    """The three searches, with the signatures of the functions after which they are named."""
 
     highest: Callable[[Tensor], tuple[Tensor, Tensor]] = highest
     lowest_kept: Callable[[Tensor, Tensor, Tensor], Tensor] = lowest_kept
+    strongest: Callable[[Tensor, float], Tensor] = strongest
 
 
 def native_highest(context: _native.Context, scores: Tensor) -> tuple[Tensor, Tensor]:

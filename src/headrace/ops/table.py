@@ -29,7 +29,12 @@ from headrace.ops.neurons import (
 )
 from headrace.ops.paged import Attention
 from headrace.ops.reference import ReferenceAttention
-from headrace.ops.selection import Selection, native_highest, native_lowest_kept
+from headrace.ops.selection import (
+    Selection,
+    native_highest,
+    native_lowest_kept,
+    partitioned_strongest,
+)
 
 if TYPE_CHECKING:
     from headrace.ops import _native
@@ -131,6 +136,7 @@ def make_ops(
         neurons=partial(
             GatheredNeurons, rms_norm=torch_cpu.rms_norm if fast_cpu else reference.rms_norm
         ),
+        selection=Selection(strongest=partitioned_strongest) if fast_cpu else Selection(),
         threads=count,
     )
 
@@ -148,7 +154,11 @@ def native_ops(context: _native.Context) -> Ops:
             [NativeAttention(context), PagedAttention(flash_kernel, "cpu", torch.bfloat16)]
         ),
         neurons=partial(native_neurons, context),
-        selection=Selection(partial(native_highest, context), partial(native_lowest_kept, context)),
+        selection=Selection(
+            partial(native_highest, context),
+            partial(native_lowest_kept, context),
+            partitioned_strongest,
+        ),
         isa=context.isa,
         threads=context.threads,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from headrace.contracts.cache import PlaneSpec
 from headrace.contracts.method import MethodCard
 from headrace.exec.neurons import NeuronMethod
+from headrace.ops.selection import Selection
 
 _COUNTS = "core_counts"
 
@@ -52,13 +53,12 @@ class CoreInfer(NeuronMethod):
     def kept(self, neurons: int) -> int:
         return math.ceil(self.keep * neurons)
 
-    def observe(self, inner: Tensor, statistics: Mapping[str, Tensor]) -> None:
-        positive = inner > 0
-        sizes = (positive.sum(1, keepdim=True).double() * self.core).ceil().long()
-        most = max(1, int(sizes.max()))
-        # Of a token that activates nothing, any neuron may be looked up: none is positive.
-        lowest = inner.topk(most, dim=1).values.gather(1, (sizes - 1).clamp_min(0))
-        statistics[_COUNTS] += (positive & (inner >= lowest)).sum(0)
+    def observe(
+        self, inner: Tensor, statistics: Mapping[str, Tensor], selection: Selection
+    ) -> None:
+        counts = statistics[_COUNTS]
+        core = inner >= selection.strongest(inner, self.core)
+        counts += core.sum(0, dtype=counts.dtype)
 
     def choose(self, statistics: Mapping[str, Tensor]) -> Tensor:
         """The most frequent; among equals, the first."""
