@@ -91,7 +91,8 @@ def reduced_logits(
                     known = torch.zeros(1, len(slots))
                     known[:, : notes[layer][head].shape[1]] = notes[layer][head]
                     past = len(slots) - (due - begin)
-                    policy.observe(known, rows[head : head + 1, :, :, slots], past)
+                    weights = rows[head : head + 1, :, :, slots].mean(dim=1)
+                    policy.observe(known, weights, past)
                     order = policy.rank(known)[0].topk(schedule.budget).indices.sort().values
                     notes[layer][head] = policy.carry(known[:, order])
                     kept = [slots[i] for i in order.tolist()]

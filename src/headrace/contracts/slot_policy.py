@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from headrace.contracts.method import Method, ModelFacts, Property
 
@@ -67,6 +67,10 @@ class SlotPolicy(Method):
 
     How many stay is known beforehand, so that memory is reserved and returned without knowing
     which; those are chosen where the tensors are.
+
+    Attributes:
+        adds_up: whether only the sum of what queries gave to a slot matters: several may then come
+            as one.
     """
 
     __slots__ = ()
@@ -81,6 +85,7 @@ class SlotPolicy(Method):
         }
     )
     kind_breaks = frozenset({Property.TOKEN_ORDER, Property.WHOLE_PAST})
+    adds_up: ClassVar[bool] = False
 
     def check(self, model: ModelFacts) -> None:
         """It needs a model that generates, whose layers keep all of their KV."""
@@ -104,8 +109,8 @@ class SlotPolicy(Method):
         Args:
             known: fp32 ``[kv_heads, slots]``: a number for each slot of a sequence in a layer, to
                 be changed; zero at first.
-            weights: fp32 ``[kv_heads, heads / kv_heads, queries, slots]``: the probabilities that
-                consecutive queries gave to the slots.
+            weights: fp32 ``[kv_heads, queries, slots]``: the probabilities that consecutive queries
+                gave to the slots, the mean of the heads that share a KV head.
             past: slots before the first query's own.
         """
 

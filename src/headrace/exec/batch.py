@@ -36,6 +36,8 @@ class ForwardBatch:
         adapted: keys of adapters, and the inputs ``[n]`` that go through each.
         tapped: name of a method with a tap -> the inputs that it is for.
         observed: the rows whose attention is noted.
+        summed: whether sums of the attention that slots get are to be had for them: they suffice,
+            and are not mostly those of other rows.
         segments: what inputs read beside the own context of their rows.
         coded: the rows with coded units before their own slots.
         neurons: which inputs go through some neurons only, if any do.
@@ -50,6 +52,7 @@ class ForwardBatch:
     adapted: Sequence[tuple[str, Tensor]]
     tapped: Mapping[str, Sequence[TappedRows[Any]]] = field(default_factory=dict)
     observed: Sequence[ObservedRow] = ()
+    summed: bool = False
     segments: SegmentReads | None = None
     coded: Sequence[CodedRow] = ()
     neurons: NeuronStep | None = None
@@ -141,6 +144,8 @@ class BatchBuilder:
             rows, tables, self._arena, self._ops.attention, self._ops.device
         )
         batch.coded = coded_rows(rows, self._ops.device)
+        plain = batch.segments is None and not batch.coded
+        batch.summed = plain and _sums_pay(batch, rows)
         neurons = self._extensions.neurons
         if neurons is not None:
             batch.neurons = neurons.step(rows, self._arena, bool(batch.adapted))
@@ -176,7 +181,7 @@ class BatchBuilder:
 
     def _observed(self, rows: Sequence[PlanRow], tables: PageTables) -> list[ObservedRow]:
         """The rows whose attention is noted."""
-        found, start = [], 0
+        found, start, first_slot = [], 0, 0
         for row in rows:
             count = len(row.input_ids)
             if row.observer is not None:
@@ -186,14 +191,26 @@ class BatchBuilder:
                     for group in self._groups
                 ]
                 found.append(
-                    ObservedRow(row.observer, row.table_row, start, count, row.slot, pages)
+                    ObservedRow(
+                        row.observer, row.table_row, start, count, row.slot, first_slot, pages
+                    )
                 )
             start += count
+            first_slot += row.slot - row.begin + count
         return found
 
     def _tensor(self, values: list[int]) -> Tensor:
         array = np.array(values, dtype=np.int64)
         return torch.from_numpy(array).to(self._ops.device, non_blocking=True)
+
+
+def _sums_pay(batch: ForwardBatch, rows: Sequence[PlanRow]) -> bool:
+    """See ``ForwardBatch.summed``; the sums are of all rows, or of none."""
+    if not batch.observed or any(row.slots is not None for row in rows):
+        return False
+    own = sum(row.past + row.queries for row in batch.observed)
+    every = int(batch.past.sum()) + sum(batch.rows.lengths)
+    return 2 * own >= every and all(row.sums_suffice for row in batch.observed)
 
 
 def slots_of_group(rows: Sequence[PlanRow], group: int) -> Indices:

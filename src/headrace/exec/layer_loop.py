@@ -20,7 +20,7 @@ from headrace.exec.taps import Site
 from headrace.kv.arena import KVArena
 from headrace.models.base import DecoderModel
 from headrace.models.layers.rotary import RotaryEmbedding
-from headrace.ops.paged import AttentionSpec, StepShape
+from headrace.ops.paged import AttentionSpec, LayerCache, StepShape
 from headrace.ops.reference import add_sinks, rotate
 from headrace.ops.table import Ops
 
@@ -74,7 +74,8 @@ class LayerContext:
         cos, sin = self.angles(rotary)
         attention, cache = self._ops.attention, self._arena.cache(layer)
         planned = self._plan(layer, q, cos, sin)
-        out, lse = attention.attend(q, k, v, cos, sin, cache, spec, planned)
+        sums = self._score_sums(cache, q.device)
+        out, lse = attention.attend(q, k, v, cos, sin, cache, spec, planned, sums)
         if self._batch.segments is not None:
             out, lse = self._see_segments(layer, q, (out, lse), rotary, spec)
         for row in self._batch.coded:
@@ -83,7 +84,7 @@ class LayerContext:
             seen = attend_coded(self._arena, layer, turned, (out[inputs], lse[inputs]), row, spec)
             out[inputs], lse[inputs] = seen
         if self._batch.observed:
-            self._observe(layer, q, lse, (cos, sin), spec)
+            self._observe(layer, q, lse, (cos, sin), spec, sums)
         if self._route is not None and layer in self._route.watched:
             self._route.watch(layer, self.rows, q, lse, (cos, sin), spec)
         if sinks is not None:
@@ -101,6 +102,16 @@ class LayerContext:
         lengths = np.array(self.rows.lengths)
         shape = StepShape.of_one_group(lengths, self._batch.past, tables, keys.heads)
         return self._ops.attention.plan(shape, keys)
+
+    def _score_sums(self, cache: LayerCache, device: torch.device) -> Tensor | None:
+        """Room for what slots get of attention, if that is what policies of rows are told."""
+        batch = self._batch
+        if not batch.summed or self._view is not None:
+            return None
+        if not self._ops.attention.sums_scores(cache):
+            return None
+        slots = int(batch.past.sum()) + sum(batch.rows.lengths)
+        return torch.empty(cache.keys.heads, slots, device=device)
 
     def _see_segments(
         self,
@@ -127,10 +138,14 @@ class LayerContext:
         lse: Tensor,
         angles: tuple[Tensor, Tensor],
         spec: AttentionSpec,
+        sums: Tensor | None,
     ) -> None:
         """Let policies take note of the attention of their rows."""
         assert self._statistics is not None
         for row in self._batch.observed:
+            if sums is not None:
+                self._statistics.note_sums(layer, sums, q.shape[1] // len(sums), row)
+                continue
             inputs = slice(row.start, row.start + row.queries)
             turned = rotate(q[inputs], *(part[inputs] for part in angles))
             self._statistics.note(layer, turned, lse[inputs], spec, row)

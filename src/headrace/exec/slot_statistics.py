@@ -22,6 +22,7 @@ class ObservedRow:
     Args:
         start, queries: its inputs in the micro-batch.
         past: slots before them.
+        first_slot: where its slots are among those of all rows.
         pages: of each cache group, int64: those of its slots.
     """
 
@@ -30,7 +31,13 @@ class ObservedRow:
     start: int
     queries: int
     past: int
+    first_slot: int
     pages: Sequence[Tensor]
+
+    @property
+    def sums_suffice(self) -> bool:
+        """Whether the attention that each slot gets tells the policy all."""
+        return self.queries == 1 or self.policy.adds_up
 
 
 class SlotStatistics:
@@ -61,7 +68,19 @@ class SlotStatistics:
         pages = row.pages[self._arena.group_of(layer)]
         known = self._layers[layer][row.table_row, :, : row.past + row.queries]
         for first, weights in attention_weights(q, lse, keys, pages, row.past, spec):
-            row.policy.observe(known, weights, row.past + first)
+            row.policy.observe(known, weights.mean(dim=1), row.past + first)
+
+    def note_sums(self, layer: int, sums: Tensor, ratio: int, row: ObservedRow) -> None:
+        """The same where ``row.sums_suffice``.
+
+        Args:
+            sums: fp32 ``[kv_heads, S]``: what the slots of all rows got, see ``Attention.attend``.
+            ratio: heads that share a KV head.
+        """
+        slots = row.past + row.queries
+        mean = sums[:, row.first_slot : row.first_slot + slots] / ratio
+        known = self._layers[layer][row.table_row, :, :slots]
+        row.policy.observe(known, mean.unsqueeze(1), row.past)
 
     def clear(self, rows: Sequence[int]) -> None:
         """Forget what is known of table rows."""

@@ -40,6 +40,9 @@ class ChosenAttention(Attention[ChosenPlan]):
             self._choices[cache] = chosen
         return chosen
 
+    def sums_scores(self, cache: LayerCache) -> bool:
+        return self._versions[self._choose(cache)].sums_scores(cache)
+
     def plan(self, shape: StepShape, plane: PagedPlane) -> ChosenPlan:
         return ChosenPlan(shape, plane, {})
 

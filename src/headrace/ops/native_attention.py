@@ -57,6 +57,9 @@ class NativeAttention(Attention[NativePlan]):
         narrow = keys.width % 2 == 0 and keys.width <= MOST_WIDTH
         return values is not keys and values.width == keys.width and narrow
 
+    def sums_scores(self, cache: LayerCache) -> bool:
+        return True
+
     def plan(self, shape: StepShape, plane: PagedPlane) -> NativePlan:
         lengths, past, head_group = (
             np.ascontiguousarray(array, dtype=np.int64)

@@ -194,6 +194,10 @@ class Attention(ABC, Generic[Plan]):
         """Whether this version attends to such a cache."""
         return True
 
+    def sums_scores(self, cache: LayerCache) -> bool:
+        """Whether ``attend`` takes ``score_sums`` for such a cache."""
+        return False
+
     @abstractmethod
     def plan(self, shape: StepShape, plane: PagedPlane) -> Plan:
         """Arrange the rows of a step; ``plane`` is any plane of keys of the group.

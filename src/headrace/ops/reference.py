@@ -111,6 +111,9 @@ class ReferenceAttention(Attention[ReferencePlan]):
     def __init__(self, device: str) -> None:
         self._device = device
 
+    def sums_scores(self, cache: LayerCache) -> bool:
+        return True
+
     def plan(self, shape: StepShape, plane: PagedPlane) -> ReferencePlan:
         size = plane.block_size
         groups, rows = shape.past.shape

@@ -29,6 +29,7 @@ class HeavyHitterOracle(SlotPolicy):
         guarantee="lossy",
     )
 
+    adds_up: ClassVar[bool] = True
     budget: int = 1024
     drop: float = 0.25
 
@@ -50,7 +51,7 @@ class HeavyHitterOracle(SlotPolicy):
         return CompactionSchedule(budget, interval, budget + interval)
 
     def observe(self, known: Tensor, weights: Tensor, past: int) -> None:
-        known += weights.mean(dim=1).sum(dim=1)
+        known += weights.sum(dim=1)
 
     def rank(self, known: Tensor) -> Tensor:
         ranks = known.clone()

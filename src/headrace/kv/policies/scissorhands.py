@@ -60,9 +60,8 @@ class Scissorhands(SlotPolicy):
         return CompactionSchedule(budget, interval, self.history)
 
     def observe(self, known: Tensor, weights: Tensor, past: int) -> None:
-        share = weights.mean(dim=1)
-        seen = past + torch.arange(1, share.shape[1] + 1, device=share.device)
-        known += ((share >= 1 / seen[:, None]) + TIE * share).sum(dim=1)
+        seen = past + torch.arange(1, weights.shape[1] + 1, device=weights.device)
+        known += ((weights >= 1 / seen[:, None]) + TIE * weights).sum(dim=1)
 
     def rank(self, known: Tensor) -> Tensor:
         ranks = known.clone()
