@@ -1,19 +1,13 @@
 // A gated feed-forward, neuron by neuron: the weights of a neuron are read once for all rows that go
 // through it, and stay in the first cache meanwhile.
 
+INLINE float widened(uint16_t half) { return from_bf16(half); }
+INLINE float widened(int8_t step) { return static_cast<float>(step); }
+
 #if HEADRACE_LEVEL == 0
 typedef float Floats __attribute__((vector_size(16)));
 INLINE Floats repeat(float value) { return Floats{} + value; }
 INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
-#endif
-
-constexpr int kFloats = static_cast<int>(sizeof(Floats) / sizeof(float));
-constexpr int kSteps = 4;  // vectors in one go: of int8 on AVX-512, what the first cache fetches
-constexpr int kTogether = 4;  // neurons whose columns are added in one go
-
-INLINE float widened(uint16_t half) { return from_bf16(half); }
-INLINE float widened(int8_t step) { return static_cast<float>(step); }
-#if HEADRACE_LEVEL == 0
 template <class Weight>
 INLINE Floats load_wide(const Weight* from) {
   return Floats{widened(from[0]), widened(from[1]), widened(from[2]), widened(from[3])};
@@ -22,6 +16,11 @@ INLINE Floats load_wide(const Weight* from) {
 INLINE Floats load_wide(const uint16_t* from) { return load_factors(from, true); }
 INLINE Floats load_wide(const int8_t* from) { return to_floats(load_steps(from)); }
 #endif
+
+constexpr int kFloats = static_cast<int>(sizeof(Floats) / sizeof(float));
+constexpr int kSteps = 4;     // vectors in one go: with AVX-512, a cache line of int8
+constexpr int kTogether = 4;  // neurons whose columns are added in one go
+
 INLINE Floats load_floats(const float* from) {
   Floats value;
   __builtin_memcpy(&value, from, sizeof value);
@@ -33,6 +32,8 @@ INLINE float sum_of(Floats value) {
   return sum;
 }
 
+// While weights are multiplied, those of a later neuron are fetched: where they lie, no processor
+// can know.
 template <class Weight>
 INLINE void fetch(const Weight* from) {
   for (int i = 0; i < kSteps * kFloats; i += 64 / static_cast<int>(sizeof(Weight)))
@@ -41,9 +42,10 @@ INLINE void fetch(const Weight* from) {
 
 #if HEADRACE_LEVEL >= 2
 
+// Inputs of int8 weights; those of bf16 are bf16.
 struct SplitInputs {
   alignas(64) float factor;
-  int32_t offset;  // what weights that are moved by 128 add
+  int32_t sum;  // of the levels
   // high and low bytes [width each, in whole vectors] follow
 
   int8_t* high() { return reinterpret_cast<int8_t*>(this + 1); }
@@ -59,10 +61,11 @@ static void prepare_inputs(const NeuronWeight& weight, const uint16_t* x, std::b
     return;
   }
   auto* split = reinterpret_cast<SplitInputs*>(inputs);
-  split->offset = 
-      split_row(x, width, split->high(), split->high() + whole_vectors(width), &split->factor);
+  int8_t* high = split->high();
+  split->sum = split_row(x, width, high, high + whole_vectors(width), &split->factor);
 }
 
+// Products of a row with those of gate and up.
 INLINE void gate_and_up(const std::byte* inputs, const uint16_t* weight, int64_t width,
                         const uint16_t* ahead, float* gate, float* up) {
   const auto* x = reinterpret_cast<const uint16_t*>(inputs);
@@ -110,7 +113,7 @@ INLINE void gate_and_up(const std::byte* inputs, const int8_t* weight, int64_t w
   }
   const auto total = [&](const __m512i* sums) {
     const int64_t highs = _mm512_reduce_add_epi32(sums[0]), lows = _mm512_reduce_add_epi32(sums[1]);
-    return static_cast<float>(highs * 256 + lows - int64_t{x.offset} * 128) * x.factor;
+    return static_cast<float>(highs * 256 + lows - int64_t{x.sum} * 128) * x.factor;
   };
   *gate = total(gates);
   *up = total(ups);
@@ -160,7 +163,7 @@ static void prepare_neurons(const NeuronCall& call, int64_t row) {
   prepare_inputs(*call.weight, x, call.inputs + row * call.input_bytes());
 }
 
-// What some neurons say to one row.
+// What some neurons say to one row, and those that are fetched meanwhile.
 template <class Weight>
 struct Said {
   int count;
@@ -169,6 +172,7 @@ struct Said {
   const Weight* ahead[kTogether];
 };
 
+// The sums of a few vectors stay in registers while the columns of all the neurons are added.
 template <int Count, class Weight>
 INLINE void add_columns(const Said<Weight>& said, int64_t width, float* sums) {
   Floats inner[Count];

@@ -15,6 +15,7 @@ from torch import Tensor
 from headrace import SamplingParams
 from headrace.contracts.slot_policy import CompactionSchedule, SlotPolicy
 from headrace.errors import ConfigurationError, InvalidRequestError
+from headrace.exec.layer_loop import LayerContext
 from headrace.kv.policies.h2o import HeavyHitterOracle
 from headrace.kv.policies.scissorhands import Scissorhands
 from tests.models.expected import (
@@ -231,6 +232,35 @@ def test_too_little_memory_is_refused_at_admission(expected: Expected) -> None:
 def test_options_out_of_range(expected: Expected, options: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         load(expected.directory, kv=f"scissorhands:{options}")
+
+
+@pytest.mark.parametrize("kv", POLICIES)
+def test_sums_of_attention_say_what_probabilities_say(
+    expected: Expected, kv: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision, of chunks and single tokens, with a plain row before them."""
+    observe, seen = LayerContext._observe, []
+
+    def both(context: LayerContext, layer: int, *arguments: Any) -> None:
+        *others, sums = arguments
+        assert context._statistics is not None
+        known = context._statistics._layers[layer]
+        before = known.clone()
+        observe(context, layer, *others, sums)
+        if sums is None:
+            return
+        by_sums = known.clone()
+        known.copy_(before)
+        observe(context, layer, *others, None)
+        torch.testing.assert_close(by_sums, known, rtol=1e-2, atol=1e-2)
+        seen.append((len(context.rows.lengths), max(context.rows.lengths)))
+
+    monkeypatch.setattr(LayerContext, "_observe", both)
+    prompts = [prompt_of(length, length) for length in (5, 30, 44)]
+    with load(expected.directory, dtype="bfloat16", block_size=BLOCK, kv=kv) as llm:
+        llm.generate(prompts, greedy(20), methods=[{}, None, None])
+    assert (3, 1) in seen, "of single tokens, among others' rows"
+    assert any(queries > 1 for _, queries in seen) == POLICIES[kv].adds_up
 
 
 @given(
