@@ -235,6 +235,7 @@ class Attend {
         .out_stride = whole.out_stride,
         .lse = whole.lse,
         .lse_stride = whole.lse_stride,
+        .onto = false,
     });
   }
 

@@ -58,6 +58,47 @@ struct AttentionTask {
   float* sums;  // [end - begin]: score sums, to which those of the queries are added
 };
 
+constexpr int64_t kMaxCodedRank = 64;
+
+// Where a part of a coded unit is: page of the unit's, or -1 if there is no such part, and bytes from
+// its beginning.
+struct CodedPart {
+  int64_t page, offset;
+};
+
+// Keys or values of a coded unit, of each head as lines of evenly spaced levels; see CodedLines in
+// contracts/kv_codec.py.
+struct CodedLines {
+  int64_t bits;                        // of a level: 1, 2, 4 or 8
+  int64_t lines, length;               // [heads, lines, length]
+  int64_t groups;                      // of a line: entries that share a step and a lowest value
+  int64_t rank;                        // of the matrix that is added; 0: none
+  int64_t kept;                        // entries of a line that are stored as they are
+  CodedPart levels;                    // [heads, lines, length * bits / 8], lowest bits first
+  CodedPart steps;                     // fp16 [heads, lines, groups, 2]: step and lowest value
+  CodedPart left, right;               // fp16 [heads, lines, rank] and [heads, rank, length]
+  CodedPart places, outliers;          // int16 and fp16 [heads, lines, kept]
+};
+
+// Queries of one row that share a KV head, and the coded units that all of them see. A line of the
+// keys is a channel, and of the values a slot.
+struct CodedTask {
+  const uint16_t* q;  // bf16, not rotated: of the first query and head
+  int64_t q_stride, q_head_stride;
+  const uint16_t *cos, *sin;  // [queries, width / 2]
+  int64_t queries, ratio, width;
+  float scale, softcap;
+  const CodedLines *keys, *values;
+  int64_t slots;  // of a unit
+  int64_t head;
+  const std::byte* pages;
+  int64_t page_bytes;
+  const int32_t* table;  // [units, unit_pages]
+  int64_t units, unit_pages;
+  float* partial;  // receives normalized fp32 [queries * ratio, width]
+  float* lse;      // [queries * ratio]
+};
+
 // Parts of the same queries over different slots.
 struct MergeCall {
   int64_t parts, rows, stride, ratio, width;
@@ -67,6 +108,7 @@ struct MergeCall {
   int64_t out_stride;
   float* lse;
   int64_t lse_stride;
+  bool onto;  // what `out` and `lse` hold is a part as well
 };
 
 struct AttentionKernels {
@@ -78,6 +120,8 @@ struct AttentionKernels {
   // Add to `sums` what each slot got, given the log-sum-exp of the queries.
   void (*sum_scores)(const AttentionTask& task, std::byte* scratch);
   void (*merge)(const MergeCall& call);
+  size_t (*coded_scratch)(const CodedTask& task);
+  void (*attend_coded)(const CodedTask& task, std::byte* scratch);
 };
 
 }  // namespace headrace

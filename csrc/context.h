@@ -44,5 +44,6 @@ void bind_linear(nanobind::module_& module, nanobind::class_<Context>& context);
 void bind_neurons(nanobind::module_& module, nanobind::class_<Context>& context);
 void bind_sampling(nanobind::class_<Context>& context);
 void bind_attention(nanobind::module_& module, nanobind::class_<Context>& context);
+void bind_coded_attention(nanobind::module_& module, nanobind::class_<Context>& context);
 
 }  // namespace headrace

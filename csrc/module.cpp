@@ -18,5 +18,6 @@ NB_MODULE(_native, module) {
   bind_linear(module, context);
   bind_neurons(module, context);
   bind_attention(module, context);
+  bind_coded_attention(module, context);
   bind_sampling(context);
 }

@@ -250,26 +250,34 @@ static void sum_scores(const AttentionTask& task, std::byte* memory) {
 // FlashAttention-2, section 3.3: parts are weighed by their log-sum-exp.
 static void merge_parts(const MergeCall& in) {
   for (int64_t row = 0; row < in.rows; ++row) {
-    float highest = kLowest;
+    const int64_t query = row / in.ratio, head = row % in.ratio;
+    uint16_t* out = in.out + query * in.out_stride + head * in.width;
+    float& whole_lse = in.lse[query * in.lse_stride + head];
+    float highest = in.onto && whole_lse > kLowest ? whole_lse : kLowest;
     for (int64_t part = 0; part < in.parts; ++part) {
       const float lse = in.partial_lse[part * in.stride + row];
       highest = lse > highest ? lse : highest;
     }
     float sum = 0;
     float total[kMaxHeadWidth] = {};
+    if (in.onto) {
+      sum = exponential(whole_lse - highest);
+      for (int64_t d = 0; d < in.width; ++d) total[d] = sum * from_bf16(out[d]);
+    }
     for (int64_t part = 0; part < in.parts; ++part) {
       const float weight = exponential(in.partial_lse[part * in.stride + row] - highest);
       const float* from = in.partial + (part * in.stride + row) * in.width;
       for (int64_t d = 0; d < in.width; ++d) total[d] += weight * from[d];
       sum += weight;
     }
-    const int64_t query = row / in.ratio, head = row % in.ratio;
-    in.lse[query * in.lse_stride + head] = highest + binary_logarithm(sum) * kLn2;
-    uint16_t* out = in.out + query * in.out_stride + head * in.width;
+    whole_lse = highest + binary_logarithm(sum) * kLn2;
     for (int64_t d = 0; d < in.width; ++d) out[d] = to_bf16(total[d] / sum);
   }
 }
 
+#include "coded_attention.inl"
+
 constexpr AttentionKernels attention_kernels() {
-  return {store_tokens, attention_scratch, attend, sum_scores, merge_parts};
+  return {store_tokens,  attention_scratch, attend,      sum_scores,
+          merge_parts,   coded_scratch,     attend_coded};
 }

@@ -2,6 +2,7 @@
 // them into the vectors of the instruction set.
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -84,6 +84,21 @@ class KVCodec(Method):
     def decode(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values, fp32 ``[n, heads, unit, width]``, of parts ``[n, *shape]``."""
 
+    def level_bits(self) -> int | None:
+        """Bits of a level if the parts are lines of levels, which kernels decode; else ``None``.
+
+        Of keys, the entries of a channel are a line; of values, those of a token. An entry is
+        ``level * step + lowest``, plus ``left @ right`` if there are such parts; outliers, if there
+        are any, replace what is at their places. Names are these behind ``key_`` and ``value_``:
+
+        - ``levels``: uint8 ``[heads, lines, length * bits / 8]``, the first of a byte in its lowest
+          bits; ``steps``: fp16 ``[heads, lines, groups, 2]``: step and lowest entry of each group
+          of a line. The last dimensions of both may be split or joined.
+        - ``left``, ``right``: fp16 ``[heads, lines, rank]`` and ``[heads, rank, length]``.
+        - ``places``, ``outliers``: int16 and fp16 ``[heads, lines, kept]``.
+        """
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class CodedPlace:
@@ -98,7 +113,7 @@ class CodedPlace:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class CodedUnit:
     """A unit of the layers of a cache group as the arena stores it: so many pages, and where they
     have what of each layer.

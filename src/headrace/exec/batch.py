@@ -12,13 +12,14 @@ from torch import Tensor
 
 from headrace.contracts.method import Method
 from headrace.contracts.step import PageTables, PlanRow
-from headrace.exec.coded_past import CodedRow, coded_rows
+from headrace.exec.coded_past import coded_rows
 from headrace.exec.extensions import Extensions
 from headrace.exec.segments import SegmentReads, pages_from, read_segments
 from headrace.exec.slot_statistics import ObservedRow
 from headrace.exec.taps import TappedRows
 from headrace.kv.arena import KVArena
 from headrace.models.base import NeuronStep
+from headrace.ops.coded_attention import CodedRows
 from headrace.ops.paged import Indices, StepShape
 from headrace.ops.recurrent import RowSpans
 from headrace.ops.table import Ops
@@ -39,7 +40,7 @@ class ForwardBatch:
         summed: whether sums of the attention that slots get are to be had for them: they suffice,
             and are not mostly those of other rows.
         segments: what inputs read beside the own context of their rows.
-        coded: the rows with coded units before their own slots.
+        coded: the rows with coded units before their own slots, for each cache group, if any has.
         neurons: which inputs go through some neurons only, if any do.
         block: number of the rows' block in the step; see ``Placement``.
     """
@@ -54,7 +55,7 @@ class ForwardBatch:
     observed: Sequence[ObservedRow] = ()
     summed: bool = False
     segments: SegmentReads | None = None
-    coded: Sequence[CodedRow] = ()
+    coded: Sequence[Sequence[CodedRows]] = ()
     neurons: NeuronStep | None = None
     block: int = 0
 
@@ -143,7 +144,8 @@ class BatchBuilder:
         batch.segments = read_segments(
             rows, tables, self._arena, self._ops.attention, self._ops.device
         )
-        batch.coded = coded_rows(rows, self._ops.device)
+        if any(row.coded is not None for row in rows):
+            batch.coded = coded_rows(rows, len(self._groups))
         plain = batch.segments is None and not batch.coded
         batch.summed = plain and _sums_pay(batch, rows)
         neurons = self._extensions.neurons

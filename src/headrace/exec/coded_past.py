@@ -1,91 +1,33 @@
-"""Coded units of keys and values: attended to, and made."""
+"""Coded units of keys and values: which rows have them, and how they are made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from headrace.contracts.kv_codec import CodedPart, CodedUnit, KVCodec
+from headrace.contracts.kv_codec import CodedUnit, KVCodec
 from headrace.contracts.step import CodedContext, PageTables, PlanRow
 from headrace.kv.arena import KVArena
-from headrace.ops.attention import matmul_kernel
-from headrace.ops.device import DTYPES
-from headrace.ops.paged import AttentionSpec
-from headrace.ops.reference import merge_attention
-
-_DTYPES = {**DTYPES, "uint8": torch.uint8, "int8": torch.int8, "int16": torch.int16}
-
-_SLOTS_AT_ONCE = 4096
-"""Slots of a layer that are decoded at once."""
+from headrace.ops.coded_attention import CodedRows, part_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class CodedRow:
-    """A row of a micro-batch with coded units before its own slots.
-
-    Args:
-        units: how they lie in pages, in each cache group.
-        pages: of the units in order, int64 ``[n, pages of a unit]``, in each cache group.
-        start, queries: its inputs in the micro-batch.
-    """
-
-    codec: KVCodec
-    units: Sequence[CodedUnit]
-    pages: Sequence[Tensor]
-    start: int
-    queries: int
-
-
-def coded_rows(rows: Sequence[PlanRow], device: str) -> list[CodedRow]:
-    """The rows that have units, with their places in the micro-batch."""
-    found, start = [], 0
+def coded_rows(rows: Sequence[PlanRow], groups: int) -> list[list[CodedRows]]:
+    """The rows that have units, by codec, for each of so many cache groups."""
+    found: list[dict[KVCodec, CodedRows]] = [{} for _ in range(groups)]
+    start = 0
     for row in rows:
         count = len(row.input_ids)
-        if row.coded is not None and any(map(len, row.coded.pages)):
-            pages = [torch.from_numpy(each.astype("int64")).to(device) for each in row.coded.pages]
-            found.append(CodedRow(row.coded.codec, row.coded.units, pages, start, count))
+        if row.coded is not None:
+            for codecs, unit, pages in zip(found, row.coded.units, row.coded.pages, strict=True):
+                if len(pages):
+                    made = CodedRows(row.coded.codec, unit, [], [], [])
+                    same = codecs.setdefault(row.coded.codec, made)
+                    same.starts.append(start)
+                    same.queries.append(count)
+                    same.pages.append(pages)
         start += count
-    return found
-
-
-def attend_coded(
-    arena: KVArena,
-    layer: int,
-    q: Tensor,
-    own: tuple[Tensor, Tensor],
-    row: CodedRow,
-    spec: AttentionSpec,
-) -> tuple[Tensor, Tensor]:
-    """Attention of a row to its units, merged with that to its own slots.
-
-    Args:
-        q: ``[queries, heads, width]``, rotated.
-        own: ``[queries, heads, width]`` and the log-sum-exp ``[queries, heads]``.
-    """
-    if not len(row.pages[arena.group_of(layer)]):
-        return own
-    out, lse = own
-    query, group = q.transpose(0, 1)[None], arena.group_of(layer)
-    for pages in row.pages[group].split(max(1, _SLOTS_AT_ONCE // row.units[group].slots)):
-        keys, values = (x.to(q.dtype)[None] for x in read_units(arena, layer, row, pages))
-        part, part_lse = matmul_kernel(query, keys, values, spec, None, False)
-        out, lse = merge_attention(out, lse, part[0].transpose(0, 1), part_lse[0].T)
-    return out, lse
-
-
-def read_units(arena: KVArena, layer: int, row: CodedRow, pages: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of units ``[n, pages of a unit]``: fp32 ``[heads, n * slots, width]``."""
-    parts = {}
-    for place in row.units[arena.group_of(layer)].places[layer]:
-        end = place.offset + _size(place.part)
-        held = arena.pages[pages[:, place.page], place.offset : end]
-        shape = (len(pages), *place.part.shape)
-        parts[place.part.name] = held.view(_DTYPES[place.part.dtype]).view(shape)
-    keys, values = row.codec.decode(parts)
-    return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)
+    return [list(codecs.values()) for codecs in found]
 
 
 def fill_unit(arena: KVArena, row: PlanRow, coded: CodedContext, tables: PageTables) -> None:
@@ -100,7 +42,7 @@ def fill_unit(arena: KVArena, row: PlanRow, coded: CodedContext, tables: PageTab
 
 
 def _fill(
-    arena: KVArena, codec: KVCodec, unit: CodedUnit, pages: Tensor, fill: Sequence[int]
+    arena: KVArena, codec: KVCodec, unit: CodedUnit, pages: torch.Tensor, fill: Sequence[int]
 ) -> None:
     """Code what a group has in ``pages`` to the pages ``fill``."""
     for layer, places in unit.places.items():
@@ -113,12 +55,4 @@ def _fill(
         for place in places:
             target = arena.pages[fill[place.page]]
             held = parts[place.part.name].contiguous().view(torch.uint8).flatten()
-            target[place.offset : place.offset + _size(place.part)] = held
-
-
-def _size(part: CodedPart) -> int:
-    """Bytes of its tensor."""
-    items = 1
-    for size in part.shape:
-        items *= size
-    return items * _DTYPES[part.dtype].itemsize
+            target[place.offset : place.offset + part_bytes(place.part)] = held

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from headrace.contracts.step import PlanRow, Pooling
 from headrace.exec.batch import ForwardBatch
-from headrace.exec.coded_past import attend_coded
 from headrace.exec.extensions import Extensions
 from headrace.exec.page_view import PageView
 from headrace.exec.route import Route
@@ -78,11 +77,8 @@ class LayerContext:
         out, lse = attention.attend(q, k, v, cos, sin, cache, spec, planned, sums)
         if self._batch.segments is not None:
             out, lse = self._see_segments(layer, q, (out, lse), rotary, spec)
-        for row in self._batch.coded:
-            inputs = slice(row.start, row.start + row.queries)
-            turned = rotate(q[inputs], cos[inputs], sin[inputs])
-            seen = attend_coded(self._arena, layer, turned, (out[inputs], lse[inputs]), row, spec)
-            out[inputs], lse[inputs] = seen
+        if self._batch.coded:
+            self._see_units(layer, q, (out, lse), (cos, sin), spec)
         if self._batch.observed:
             self._observe(layer, q, lse, (cos, sin), spec, sums)
         if self._route is not None and layer in self._route.watched:
@@ -130,6 +126,19 @@ class LayerContext:
         angles, cache = self._segment_angles[rotary], self._arena.cache(layer)
         group = self._arena.group_of(layer)
         return segments.merge(q, own, angles, self._ops.attention, cache, spec, group)
+
+    def _see_units(
+        self,
+        layer: int,
+        q: Tensor,
+        own: tuple[Tensor, Tensor],
+        angles: tuple[Tensor, Tensor],
+        spec: AttentionSpec,
+    ) -> None:
+        """Merge attention to the coded units of rows into that to their own slots."""
+        for rows in self._batch.coded[self._arena.group_of(layer)]:
+            pages = self._arena.pages
+            self._ops.coded_attention.attend(pages, layer, rows, q, angles, own, spec)
 
     def _observe(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -43,3 +45,26 @@ def quantize_range(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tens
 def dequantize_range(levels: Tensor, step: Tensor, lowest: Tensor) -> Tensor:
     """fp32 numbers of ``quantize_range``'s results."""
     return levels.float() * step.float() + lowest.float()
+
+
+def decode_lines(parts: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of lines of levels, as ``KVCodec.level_bits`` describes their parts.
+
+    Args:
+        parts: ``[n, *shape]`` each.
+
+    Returns:
+        fp32 ``[n, heads, slots, width]`` each.
+    """
+    return _decode_lines("key", parts, bits).mT, _decode_lines("value", parts, bits)
+
+
+def _decode_lines(name: str, parts: Mapping[str, Tensor], bits: int) -> Tensor:
+    levels = unpack_bits(parts[f"{name}_levels"], bits)
+    lines = dequantize_range(levels, *parts[f"{name}_steps"].split(1, dim=-1)).flatten(3)
+    if f"{name}_left" in parts:
+        lines += parts[f"{name}_left"].float() @ parts[f"{name}_right"].float()
+    if f"{name}_places" in parts:
+        places, outliers = parts[f"{name}_places"].long(), parts[f"{name}_outliers"].float()
+        lines = lines.scatter(-1, places, outliers)
+    return lines

@@ -77,6 +77,30 @@ class StepRows:
     @property
     def tokens(self) -> int: ...
 
+class CodedLines:
+    def __init__(
+        self,
+        bits: int,
+        lines: int,
+        length: int,
+        groups: int,
+        rank: int,
+        kept: int,
+        places: Sequence[tuple[int, int]],
+    ) -> None: ...
+
+class CodedLayer:
+    def __init__(
+        self, heads: int, slots: int, width: int, keys: CodedLines, values: CodedLines
+    ) -> None: ...
+    @property
+    def width(self) -> int: ...
+
+class CodedRows:
+    def __init__(
+        self, rows: int, unit_pages: int, starts: int, queries: int, units: int, table: int
+    ) -> None: ...
+
 class Context:
     def __init__(self, threads: int, isa: str = "auto") -> None: ...
     @property
@@ -176,6 +200,24 @@ class Context:
         lse: int,
         sums: int,
         sums_stride: int,
+        /,
+    ) -> None: ...
+    def attend_coded(
+        self,
+        layer: CodedLayer,
+        rows: CodedRows,
+        pages: int,
+        page_bytes: int,
+        heads: int,
+        q: int,
+        q_stride: int,
+        q_head_stride: int,
+        cos: int,
+        sin: int,
+        scale: float,
+        softcap: float,
+        out: int,
+        lse: int,
         /,
     ) -> None: ...
     def highest(self, scores: int, rows: int, width: int, values: int, places: int) -> None: ...

@@ -14,6 +14,7 @@ from headrace.errors import ConfigurationError
 from headrace.ops import reference, torch_cpu
 from headrace.ops.attention import PagedAttention, flash_kernel, matmul_kernel
 from headrace.ops.chosen_attention import ChosenAttention
+from headrace.ops.coded_attention import CodedAttention, NativeCodedAttention
 from headrace.ops.device import DTYPES, Device
 from headrace.ops.extension import TORCH, open_context
 from headrace.ops.host import usable_cores
@@ -61,6 +62,7 @@ class Ops:
     silu_and_mul: Callable[[Tensor], Tensor]
     attention: Attention[Any]
     neurons: Callable[[NeuronTensors], NeuronProduct]
+    coded_attention: CodedAttention = field(default_factory=CodedAttention)
     selection: Selection = field(default_factory=Selection)
     isa: str = TORCH
     threads: int = 1
@@ -154,6 +156,7 @@ def native_ops(context: _native.Context) -> Ops:
             [NativeAttention(context), PagedAttention(flash_kernel, "cpu", torch.bfloat16)]
         ),
         neurons=partial(native_neurons, context),
+        coded_attention=NativeCodedAttention(context),
         selection=Selection(
             partial(native_highest, context),
             partial(native_lowest_kept, context),

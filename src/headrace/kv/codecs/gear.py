@@ -11,12 +11,7 @@ from torch import Tensor
 
 from headrace.contracts.kv_codec import CodedPart, KVCodec
 from headrace.contracts.method import MethodCard
-from headrace.kv.packed_bits import (
-    dequantize_range,
-    pack_bits,
-    quantize_range,
-    unpack_bits,
-)
+from headrace.kv.packed_bits import decode_lines, dequantize_range, pack_bits, quantize_range
 
 ITERATIONS = 3
 """Of the power method, from a fixed beginning."""
@@ -110,18 +105,10 @@ class Gear(KVCodec):
         return coded
 
     def decode(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return self._decode("key", parts).mT, self._decode("value", parts)
+        return decode_lines(parts, self.bits)
 
-    def _decode(self, name: str, parts: Mapping[str, Tensor]) -> Tensor:
-        levels = unpack_bits(parts[f"{name}_levels"], self.bits)
-        step, lowest = parts[f"{name}_steps"].split(1, dim=-1)
-        lines = dequantize_range(levels, step, lowest)
-        if self.rank:
-            lines += parts[f"{name}_left"].float() @ parts[f"{name}_right"].float()
-        if self._kept(lines.shape[-1]):
-            places, outliers = parts[f"{name}_places"].long(), parts[f"{name}_outliers"].float()
-            lines = lines.scatter(-1, places, outliers)
-        return lines
+    def level_bits(self) -> int:
+        return self.bits
 
 
 def low_rank(x: Tensor, rank: int) -> tuple[Tensor, Tensor]:

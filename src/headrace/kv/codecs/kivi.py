@@ -12,12 +12,7 @@ from torch import Tensor
 
 from headrace.contracts.kv_codec import CodedPart, KVCodec
 from headrace.contracts.method import MethodCard
-from headrace.kv.packed_bits import (
-    dequantize_range,
-    pack_bits,
-    quantize_range,
-    unpack_bits,
-)
+from headrace.kv.packed_bits import decode_lines, pack_bits, quantize_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +74,7 @@ class Kivi(KVCodec):
         return coded
 
     def decode(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        keys, values = (
-            dequantize_range(
-                unpack_bits(parts[f"{name}_levels"], self.bits),
-                *parts[f"{name}_steps"].split(1, dim=-1),
-            ).flatten(-2)
-            for name in ("key", "value")
-        )
-        return keys.mT, values
+        return decode_lines(parts, self.bits)
+
+    def level_bits(self) -> int:
+        return self.bits
