@@ -2,236 +2,168 @@
 // and attended to at once. Entries with the same place in two lines that follow each other are a
 // pair of those products, of keys as of values, so that nothing has to be transposed.
 
-INLINE const std::byte* part_of(const CodedTask& task, const int32_t* table, const CodedPart& part) {
-  return task.pages + table[part.page] * task.page_bytes + part.offset;
-}
+#include "coded_vectors.inl"
 
-// The parts of a head that lie in a unit.
+// What the parts of a head in a unit say, numbers in fp32.
 struct CodedHead {
-  const uint8_t* levels;
-  const uint16_t *steps, *left, *right, *places, *outliers;
-
-  CodedHead(const CodedTask& task, const CodedLines& in, const int32_t* table) {
-    const auto find = [&](const CodedPart& part, int64_t head_bytes) {
-      return part.page < 0 ? nullptr : part_of(task, table, part) + task.head * head_bytes;
-    };
-    const auto halves = [&](const CodedPart& part, int64_t count) {
-      return reinterpret_cast<const uint16_t*>(find(part, 2 * count));
-    };
-    levels = reinterpret_cast<const uint8_t*>(
-        find(in.levels, in.lines * (in.length * in.bits / 8)));
-    steps = halves(in.steps, in.lines * in.groups * 2);
-    left = halves(in.left, in.lines * in.rank);
-    right = halves(in.right, in.rank * in.length);
-    places = halves(in.places, in.lines * in.kept);
-    outliers = halves(in.outliers, in.lines * in.kept);
-  }
+  const uint8_t* levels;  // [lines, length * bits / 8]
+  const float* steps;     // [lines, groups, 2]
+  const float *left, *right;      // [lines, rank] and [rank, length rounded up to whole panels]
+  const uint16_t* places;         // [lines, kept]
+  const float* outliers;
 };
 
-// A line as it is decoded, sixteen entries at a time.
-struct CodedLine {
-  const uint8_t* levels;
-  const uint16_t* steps;
-  float left[kMaxCodedRank];
-};
-
-INLINE void find_line(const CodedLines& in, const CodedHead& head, int64_t line, CodedLine& out) {
-  out.levels = head.levels + line * (in.length * in.bits / 8);
-  out.steps = head.steps + line * in.groups * 2;
-  for (int64_t r = 0; r < in.rank; ++r) out.left[r] = from_half(head.left[line * in.rank + r]);
+// Where a head's share of a part is.
+INLINE const std::byte* find_part(const CodedTask& task, const int32_t* table,
+                                  const CodedPart& part, int64_t head_bytes) {
+  const std::byte* page = task.pages + table[part.page] * task.page_bytes;
+  return page + part.offset + task.head * head_bytes;
 }
 
-// The bytes of sixteen levels, of which those behind the end of a line are not read.
+INLINE int64_t number_count(const CodedLines& in) {
+  return in.lines * (in.groups * 2 + in.rank + in.kept) +
+         in.rank * round_up(in.length, kPanel);
+}
+
+// `numbers` has room for so many.
+INLINE void read_head(const CodedTask& task, const CodedLines& in, const int32_t* table,
+                      float* numbers, CodedHead& out) {
+  const auto widened = [&](const CodedPart& part, int64_t count) {
+    float* to = numbers;
+    if (count > 0)
+      widen_halves(reinterpret_cast<const uint16_t*>(find_part(task, table, part, 2 * count)),
+                   count, to);
+    numbers += count;
+    return to;
+  };
+  out.levels = reinterpret_cast<const uint8_t*>(
+      find_part(task, table, in.levels, in.lines * (in.length * in.bits / 8)));
+  out.steps = widened(in.steps, in.lines * in.groups * 2);
+  out.left = widened(in.left, in.lines * in.rank);
+  out.outliers = widened(in.outliers, in.lines * in.kept);
+  if (in.kept > 0)
+    out.places = reinterpret_cast<const uint16_t*>(
+        find_part(task, table, in.places, in.lines * in.kept * 2));
+  const int64_t stride = round_up(in.length, kPanel);
+  out.right = numbers;
+  if (in.rank == 0) return;
+  const auto* right = reinterpret_cast<const uint16_t*>(
+      find_part(task, table, in.right, in.rank * in.length * 2));
+  for (int64_t r = 0; r < in.rank; ++r, numbers += stride) {
+    widen_halves(right + r * in.length, in.length, numbers);
+    for (int64_t i = in.length; i < stride; ++i) numbers[i] = 0.0f;
+  }
+}
+
+// Fetch what a head has in a unit into the second-level cache.
+INLINE void prefetch_head(const CodedTask& task, const CodedLines& in, const int32_t* table) {
+  const auto fetch = [&](const CodedPart& part, int64_t bytes) {
+    if (bytes == 0) return;
+    const std::byte* at = find_part(task, table, part, bytes);
+    for (int64_t i = 0; i < bytes; i += 64) prefetch(at + i);
+  };
+  fetch(in.levels, in.lines * (in.length * in.bits / 8));
+  fetch(in.steps, in.lines * in.groups * 4);
+  fetch(in.left, in.lines * in.rank * 2);
+  fetch(in.right, in.rank * in.length * 2);
+  fetch(in.places, in.lines * in.kept * 2);
+  fetch(in.outliers, in.lines * in.kept * 2);
+}
+
+// Sixteen levels, of which those behind the end of a line are not read.
 template <int Bits>
-INLINE const uint8_t* sixteen_levels(const uint8_t* levels, int64_t first, int64_t length,
-                                     uint8_t* copy) {
+INLINE EntryLevels load_levels(const uint8_t* levels, int64_t first, int64_t length) {
   const uint8_t* from = levels + first * Bits / 8;
-  if (length - first >= kPanel) return from;
-  __builtin_memset(copy, 0, 2 * Bits);
+  if (length - first >= kPanel) return load_levels<Bits>(from);
+  uint8_t copy[2 * Bits] = {};
   __builtin_memcpy(copy, from, (length - first) * Bits / 8);
-  return copy;
+  return load_levels<Bits>(copy);
 }
 
-// What each of sixteen entries is multiplied with, and what is added.
-INLINE void load_steps(const CodedLines& in, const uint16_t* steps, int64_t first, float* step,
-                       float* lowest) {
-  const int64_t group = in.length / in.groups;
-  for (int64_t lane = 0; lane < kPanel; ++lane) {
-    const int64_t at = least((first + lane) / group, in.groups - 1) * 2;
-    step[lane] = from_half(steps[at]);
-    lowest[lane] = from_half(steps[at + 1]);
-  }
-}
-
+// What levels stand for where sixteen of them have one step.
+template <int Bits>
+struct LevelScale {
+  Entries step, lowest;
 #if HEADRACE_LEVEL >= 2
-
-typedef __m512 Sixteen;
-
-INLINE Sixteen widen_half(uint16_t half) {
-  return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(half)));
-}
-
-// Levels in the lowest bits of the lanes; what is above belongs to others.
-template <int Bits>
-INLINE __m512i spread_levels(const uint8_t* from) {
-  if constexpr (Bits == 8) return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  if constexpr (Bits == 1) {
-    uint16_t word;
-    __builtin_memcpy(&word, from, sizeof word);
-    return _mm512_srlv_epi32(_mm512_set1_epi32(word), lanes);
-  }
-  const __m512i word = _mm512_set1_epi32(static_cast<int>(load32(from)));
-  if constexpr (Bits == 2) return _mm512_srlv_epi32(word, _mm512_slli_epi32(lanes, 1));
-  const __m512i both =
-      _mm512_mask_set1_epi32(word, 0xff00, static_cast<int>(load32(from + 4 * (Bits == 4))));
-  return _mm512_srlv_epi32(both, _mm512_and_si512(_mm512_slli_epi32(lanes, 2), _mm512_set1_epi32(31)));
-}
-
-// A line's numbers for the levels, one group after another.
-template <int Bits>
-struct LevelScale {
-  static constexpr int kMask = (1 << Bits) - 1;
-  const CodedLines& in;
-  const CodedLine& line;
-  const bool uniform;  // sixteen entries have one step
-  int64_t end = 0;     // of the group that is known
-  Sixteen step, lowest, table;
-
-  LevelScale(const CodedLines& in, const CodedLine& line)
-      : in(in), line(line), uniform(in.groups == 1 || in.length / in.groups % kPanel == 0) {}
-
-  INLINE_MEMBER Sixteen values(int64_t first) {
-    uint8_t copy[16];
-    const __m512i levels =
-        spread_levels<Bits>(sixteen_levels<Bits>(line.levels, first, in.length, copy));
-    if (!uniform) {
-      alignas(64) float steps[kPanel], lows[kPanel];
-      load_steps(in, line.steps, first, steps, lows);
-      return scaled(levels, _mm512_load_ps(steps), _mm512_load_ps(lows));
-    }
-    if (first >= end) next_group(first);
-    if constexpr (Bits <= 4) return _mm512_permutexvar_ps(levels, table);
-    return scaled(levels, step, lowest);
-  }
-  INLINE_MEMBER void next_group(int64_t first) {
-    const int64_t group = in.length / in.groups, number = first / group;
-    end = in.groups == 1 ? in.length : (number + 1) * group;
-    step = widen_half(line.steps[2 * number]);
-    lowest = widen_half(line.steps[2 * number + 1]);
-    // Four bits choose from it, some of which are another level's.
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    if constexpr (Bits <= 4) table = scaled(lanes, step, lowest);
-  }
-  static INLINE_MEMBER Sixteen scaled(__m512i levels, Sixteen step, Sixteen lowest) {
-    const __m512i own = _mm512_and_si512(levels, _mm512_set1_epi32(kMask));
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(own), step, lowest);
-  }
-};
-
-INLINE void add_product(Sixteen& sum, float left, const float* right) {
-  sum = _mm512_fmadd_ps(_mm512_set1_ps(left), _mm512_loadu_ps(right), sum);
-}
-
-INLINE void store_pairs(Sixteen a, Sixteen b, uint16_t* out) {
-  const __m512i low = _mm512_cvtepu16_epi32(halves(a)), high = _mm512_cvtepu16_epi32(halves(b));
-  _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-
-#else
-
-struct Sixteen {
-  float lanes[kPanel];
-};
-
-template <int Bits>
-struct LevelScale {
-  const CodedLines& in;
-  const CodedLine& line;
-  int64_t end = 0;  // of the group that is known, if sixteen entries have one step
-  float step[kPanel], lowest[kPanel];
-
-  LevelScale(const CodedLines& in, const CodedLine& line) : in(in), line(line) {}
-
-  INLINE_MEMBER Sixteen values(int64_t first) {
-    uint8_t copy[16];
-    const uint8_t* from = sixteen_levels<Bits>(line.levels, first, in.length, copy);
-    if (first >= end) {
-      load_steps(in, line.steps, first, step, lowest);
-      const int64_t group = in.length / in.groups;
-      end = in.groups == 1 ? in.length : group % kPanel == 0 ? (first / group + 1) * group : first;
-    }
-    // Words of 32 bits, or what there is.
-    constexpr int each = Bits == 1 ? 16 : 32 / Bits;
-    Sixteen found;
-    for (int begin = 0; begin < kPanel; begin += each) {
-      uint32_t word = 0;
-      __builtin_memcpy(&word, from + begin * Bits / 8, each * Bits / 8);
-      for (int lane = 0; lane < each; ++lane) {
-        const auto level = static_cast<int32_t>(word >> (lane * Bits) & ((1 << Bits) - 1));
-        found.lanes[begin + lane] =
-            multiply_add(static_cast<float>(level), step[begin + lane], lowest[begin + lane]);
-      }
-    }
-    return found;
-  }
-};
-
-INLINE void add_product(Sixteen& sum, float left, const float* right) {
-  for (int64_t lane = 0; lane < kPanel; ++lane)
-    sum.lanes[lane] = multiply_add(left, right[lane], sum.lanes[lane]);
-}
-
-INLINE void store_pairs(const Sixteen& a, const Sixteen& b, uint16_t* out) {
-  for (int64_t lane = 0; lane < kPanel; ++lane) {
-    const uint32_t pair = to_bf16(a.lanes[lane]) | uint32_t{to_bf16(b.lanes[lane])} << 16;
-    __builtin_memcpy(out + 2 * lane, &pair, sizeof pair);
-  }
-}
-
+  Entries table;  // four bits choose from it, some of which may be another level's
 #endif
 
-// Two lines as pairs, sixteen of them in each panel.
+  explicit LevelScale(const float* steps)
+      : step(repeat_entry(steps[0])), lowest(repeat_entry(steps[1])) {
+#if HEADRACE_LEVEL >= 2
+    table = scale_levels<Bits>(count_lanes(), step, lowest);
+#endif
+  }
+  INLINE_MEMBER Entries operator()(EntryLevels levels) const {
+#if HEADRACE_LEVEL >= 2
+    if constexpr (Bits <= 4) return _mm512_permutexvar_ps(levels, table);
+#endif
+    return scale_levels<Bits>(levels, step, lowest);
+  }
+};
+
+// The same where there are several.
 template <int Bits>
-static void decode_pair(const CodedLines& in, const CodedLine& a, const CodedLine& b,
-                        const float* right, uint16_t* out, int64_t panel_stride) {
-  const int64_t stride = round_up(in.length, kPanel);
-  LevelScale<Bits> first(in, a), second(in, b);
-  for (int64_t i = 0; i < in.length; i += kPanel, out += panel_stride) {
-    Sixteen x = first.values(i), y = second.values(i);
+INLINE Entries scale_apart(EntryLevels levels, const float* steps, int64_t first, int64_t group,
+                           int64_t groups) {
+  float step[kPanel], lowest[kPanel];
+  for (int64_t lane = 0; lane < kPanel; ++lane) {
+    const int64_t at = least((first + lane) / group, groups - 1) * 2;
+    step[lane] = steps[at];
+    lowest[lane] = steps[at + 1];
+  }
+  return scale_levels<Bits>(levels, load_entries(step), load_entries(lowest));
+}
+
+// The lines `line` and `other` as pairs, sixteen of them in each panel.
+template <int Bits>
+static void decode_pair(const CodedLines& in, const CodedHead& head, int64_t group, int64_t line,
+                        int64_t other, uint16_t* out, int64_t panel_stride) {
+  const int64_t bytes = in.length * Bits / 8, stride = round_up(in.length, kPanel);
+  const uint8_t *a = head.levels + line * bytes, *b = head.levels + other * bytes;
+  const float* a_steps = head.steps + line * in.groups * 2;
+  const float* b_steps = head.steps + other * in.groups * 2;
+  const float *a_left = head.left + line * in.rank, *b_left = head.left + other * in.rank;
+  const auto finish = [&](Entries x, Entries y, int64_t i) __attribute__((always_inline)) {
     for (int64_t r = 0; r < in.rank; ++r) {
-      add_product(x, a.left[r], right + r * stride + i);
-      add_product(y, b.left[r], right + r * stride + i);
+      const Entries right = load_entries(head.right + r * stride + i);
+      add_product(x, a_left[r], right);
+      add_product(y, b_left[r], right);
     }
-    store_pairs(x, y, out);
+    store_pairs(x, y, out + i / kPanel * panel_stride);
+  };
+  if (in.groups > 1 && group % kPanel != 0) {
+    for (int64_t i = 0; i < in.length; i += kPanel)
+      finish(scale_apart<Bits>(load_levels<Bits>(a, i, in.length), a_steps, i, group, in.groups),
+             scale_apart<Bits>(load_levels<Bits>(b, i, in.length), b_steps, i, group, in.groups),
+             i);
+    return;
+  }
+  for (int64_t first = 0; first < in.length; first += group, a_steps += 2, b_steps += 2) {
+    const LevelScale<Bits> of_a(a_steps), of_b(b_steps);
+    for (int64_t i = first; i < first + group; i += kPanel)
+      finish(of_a(load_levels<Bits>(a, i, in.length)), of_b(load_levels<Bits>(b, i, in.length)), i);
   }
 }
 
 // The lines of a head as panels for products over `padded` lines, even, of which those that are not
-// there are zero. `right` has room for [rank, length rounded up to whole panels].
-static void decode_lines(const CodedLines& in, const CodedHead& head, int64_t padded, float* right,
+// there are zero.
+static void decode_lines(const CodedLines& in, const CodedHead& head, int64_t padded,
                          uint16_t* out) {
   const int64_t panels = round_up(in.length, kPanel) / kPanel, stride = padded * kPanel;
-  for (int64_t r = 0; r < in.rank; ++r)
-    for (int64_t i = 0; i < panels * kPanel; ++i)
-      right[r * panels * kPanel + i] =
-          i < in.length ? from_half(head.right[r * in.length + i]) : 0.0f;
+  const int64_t group = in.length / in.groups;
   const auto decode = in.bits == 1   ? decode_pair<1>
                       : in.bits == 2 ? decode_pair<2>
                       : in.bits == 4 ? decode_pair<4>
                                      : decode_pair<8>;
-  CodedLine a, b;
   for (int64_t line = 0; line < in.lines; line += 2) {
     uint16_t* to = out + line * kPanel;
     const int64_t other = least(line + 1, in.lines - 1);
-    find_line(in, head, line, a);
-    find_line(in, head, other, b);
-    decode(in, a, b, right, to, stride);
+    decode(in, head, group, line, other, to, stride);
     for (int64_t k = line * in.kept; k < (other + 1) * in.kept; ++k) {
-      const int64_t place = head.places[k];
+      const uint32_t place = head.places[k], odd = k >= (line + 1) * in.kept;
       if (place < in.length)
-        to[place / kPanel * stride + place % kPanel * 2 + (k >= (line + 1) * in.kept)] =
-            to_bf16(from_half(head.outliers[k]));
+        to[place / kPanel * stride + place % kPanel * 2 + odd] = to_bf16(head.outliers[k]);
     }
     if (other == line)
       for (int64_t i = 0; i < panels * kPanel; ++i) to[i / kPanel * stride + i % kPanel * 2 + 1] = 0;
@@ -244,7 +176,7 @@ static void decode_lines(const CodedLines& in, const CodedHead& head, int64_t pa
 // The working memory of a thread, beside that of other attention.
 struct CodedScratch {
   uint16_t *q, *keys, *values;
-  float* right;
+  float* numbers;
 };
 
 INLINE int64_t padded_slots(const CodedTask& task) { return round_up(task.slots, 32); }
@@ -261,10 +193,8 @@ static size_t carve_coded(const CodedTask& task, uintptr_t at, AttentionScratch&
   take(out.q, rows * task.width);
   take(out.keys, round_up(task.slots, kPanel) * task.width);
   take(out.values, round_up(task.width, kPanel) * padded_slots(task));
-  const CodedLines &keys = *task.keys, &values = *task.values;
-  const int64_t of_keys = keys.rank * round_up(keys.length, kPanel);
-  const int64_t of_values = values.rank * round_up(values.length, kPanel);
-  take(out.right, of_keys > of_values ? of_keys : of_values);
+  const int64_t of_keys = number_count(*task.keys), of_values = number_count(*task.values);
+  take(out.numbers, of_keys > of_values ? of_keys : of_values);
   return at - begin;
 }
 
@@ -319,9 +249,15 @@ static void attend_coded(const CodedTask& in, std::byte* memory) {
   rotate_queries(in, own.q);
   for (int64_t unit = 0; unit < in.units; ++unit) {
     const int32_t* table = in.table + unit * in.unit_pages;
-    decode_lines(*in.keys, CodedHead(in, *in.keys, table), in.width, own.right, own.keys);
-    decode_lines(*in.values, CodedHead(in, *in.values, table), padded_slots(in), own.right,
-                 own.values);
+    CodedHead head;
+    read_head(in, *in.keys, table, own.numbers, head);
+    decode_lines(*in.keys, head, in.width, own.keys);
+    read_head(in, *in.values, table, own.numbers, head);
+    decode_lines(*in.values, head, padded_slots(in), own.values);
+    if (unit + 1 < in.units) {
+      prefetch_head(in, *in.keys, table + in.unit_pages);
+      prefetch_head(in, *in.values, table + in.unit_pages);
+    }
     attend_unit(task, in, common, own);
   }
   write_result(task, common, round_up(in.width, kPanel), [](int64_t d) { return d; });
