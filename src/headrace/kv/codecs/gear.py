@@ -86,15 +86,16 @@ class Gear(KVCodec):
     def _encode(self, lines: Tensor) -> dict[str, Tensor]:
         """Lines ``[heads, lines, length]`` that are quantized each for itself."""
         coded = {}
-        half = self._kept(lines.shape[-1]) // 2
-        rest = lines
+        length = lines.shape[-1]
+        half = self._kept(length) // 2
+        lines = rest = lines.contiguous()
         if half:
-            order = lines.argsort(dim=-1)
-            places = torch.cat((order[..., :half], order[..., -half:]), dim=-1)
+            ends = [lines.topk(half, largest=largest, sorted=False) for largest in (False, True)]
+            outliers, places = (torch.cat(pair, dim=-1) for pair in zip(*ends, strict=True))
             coded["places"] = places.to(torch.int16)
-            coded["outliers"] = lines.gather(-1, places).half()
+            coded["outliers"] = outliers.half()
             # A value that the line has anyway takes the place of what is taken out.
-            middle = lines.gather(-1, order[..., lines.shape[-1] // 2, None])
+            middle = lines.kthvalue(length // 2 + 1, dim=-1, keepdim=True).values
             rest = lines.scatter(-1, places, middle.expand_as(places).contiguous())
         levels, step, lowest = quantize_range(rest, self.bits, -1)
         coded["levels"] = pack_bits(levels, self.bits)
