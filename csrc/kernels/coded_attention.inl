@@ -4,13 +4,13 @@
 
 #include "coded_vectors.inl"
 
-// What the parts of a head in a unit say, numbers in fp32.
+// What the parts of a head in a unit say.
 struct CodedHead {
-  const uint8_t* levels;  // [lines, length * bits / 8]
-  const float* steps;     // [lines, groups, 2]
-  const float *left, *right;      // [lines, rank] and [rank, length rounded up to whole panels]
-  const uint16_t* places;         // [lines, kept]
-  const float* outliers;
+  const uint8_t* levels;       // [lines, length * bits / 8]
+  const float* steps;          // [lines, groups, 2]
+  const float *left, *right;   // [lines, rank] and [rank, length rounded up to whole panels]
+  const uint16_t* places;      // [lines, kept]
+  const uint16_t* outliers;    // bf16
 };
 
 // Where a head's share of a part is.
@@ -40,10 +40,17 @@ INLINE void read_head(const CodedTask& task, const CodedLines& in, const int32_t
       find_part(task, table, in.levels, in.lines * (in.length * in.bits / 8)));
   out.steps = widened(in.steps, in.lines * in.groups * 2);
   out.left = widened(in.left, in.lines * in.rank);
-  out.outliers = widened(in.outliers, in.lines * in.kept);
-  if (in.kept > 0)
-    out.places = reinterpret_cast<const uint16_t*>(
-        find_part(task, table, in.places, in.lines * in.kept * 2));
+  if (const int64_t count = in.lines * in.kept; count > 0) {
+    const auto find = [&](const CodedPart& part) {
+      return reinterpret_cast<const uint16_t*>(find_part(task, table, part, 2 * count));
+    };
+    const uint16_t* outliers = find(in.outliers);
+    auto* to = reinterpret_cast<uint16_t*>(numbers);
+    for (int64_t k = 0; k < count; ++k) to[k] = to_bf16(from_half(outliers[k]));
+    numbers += (count + 1) / 2;
+    out.places = find(in.places);
+    out.outliers = to;
+  }
   const int64_t stride = round_up(in.length, kPanel);
   out.right = numbers;
   if (in.rank == 0) return;
@@ -70,13 +77,11 @@ INLINE void prefetch_head(const CodedTask& task, const CodedLines& in, const int
   fetch(in.outliers, in.lines * in.kept * 2);
 }
 
-// Sixteen levels, of which those behind the end of a line are not read.
+// Of sixteen levels, those that there are.
 template <int Bits>
-INLINE EntryLevels load_levels(const uint8_t* levels, int64_t first, int64_t length) {
-  const uint8_t* from = levels + first * Bits / 8;
-  if (length - first >= kPanel) return load_levels<Bits>(from);
+INLINE EntryLevels load_levels(const uint8_t* levels, int64_t count) {
   uint8_t copy[2 * Bits] = {};
-  __builtin_memcpy(copy, from, (length - first) * Bits / 8);
+  __builtin_memcpy(copy, levels, least(count, kPanel) * Bits / 8);
   return load_levels<Bits>(copy);
 }
 
@@ -115,35 +120,59 @@ INLINE Entries scale_apart(EntryLevels levels, const float* steps, int64_t first
   return scale_levels<Bits>(levels, load_entries(step), load_entries(lowest));
 }
 
-// The lines `line` and `other` as pairs, sixteen of them in each panel.
-template <int Bits>
+// The lines `line` and `other` as pairs, sixteen of them in each panel. Rank -1: any.
+template <int Bits, int Rank>
 static void decode_pair(const CodedLines& in, const CodedHead& head, int64_t group, int64_t line,
                         int64_t other, uint16_t* out, int64_t panel_stride) {
-  const int64_t bytes = in.length * Bits / 8, stride = round_up(in.length, kPanel);
-  const uint8_t *a = head.levels + line * bytes, *b = head.levels + other * bytes;
+  const int64_t length = in.length, rank = Rank < 0 ? in.rank : Rank;
+  const int64_t stride = round_up(length, kPanel), whole = length / kPanel * kPanel;
+  const uint8_t* a = head.levels + line * (length * Bits / 8);
+  const uint8_t* b = head.levels + other * (length * Bits / 8);
   const float* a_steps = head.steps + line * in.groups * 2;
   const float* b_steps = head.steps + other * in.groups * 2;
-  const float *a_left = head.left + line * in.rank, *b_left = head.left + other * in.rank;
-  const auto finish = [&](Entries x, Entries y, int64_t i) __attribute__((always_inline)) {
-    for (int64_t r = 0; r < in.rank; ++r) {
-      const Entries right = load_entries(head.right + r * stride + i);
-      add_product(x, a_left[r], right);
-      add_product(y, b_left[r], right);
+  const float *a_left = head.left + line * rank, *b_left = head.left + other * rank;
+  const float* right = head.right;
+  const auto finish = [&](Entries x, Entries y) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < rank; ++r) {
+      const Entries factors = load_entries(right + r * stride);
+      add_product(x, a_left[r], factors);
+      add_product(y, b_left[r], factors);
     }
-    store_pairs(x, y, out + i / kPanel * panel_stride);
+    store_pairs(x, y, out);
+    right += kPanel;
+    out += panel_stride;
+    a += 2 * Bits;
+    b += 2 * Bits;
   };
   if (in.groups > 1 && group % kPanel != 0) {
-    for (int64_t i = 0; i < in.length; i += kPanel)
-      finish(scale_apart<Bits>(load_levels<Bits>(a, i, in.length), a_steps, i, group, in.groups),
-             scale_apart<Bits>(load_levels<Bits>(b, i, in.length), b_steps, i, group, in.groups),
-             i);
+    for (int64_t i = 0; i < length; i += kPanel)
+      finish(scale_apart<Bits>(load_levels<Bits>(a, length - i), a_steps, i, group, in.groups),
+             scale_apart<Bits>(load_levels<Bits>(b, length - i), b_steps, i, group, in.groups));
     return;
   }
-  for (int64_t first = 0; first < in.length; first += group, a_steps += 2, b_steps += 2) {
+  // Only a line of one group may end within a panel.
+  for (int64_t first = 0; first < length; first += group, a_steps += 2, b_steps += 2) {
     const LevelScale<Bits> of_a(a_steps), of_b(b_steps);
-    for (int64_t i = first; i < first + group; i += kPanel)
-      finish(of_a(load_levels<Bits>(a, i, in.length)), of_b(load_levels<Bits>(b, i, in.length)), i);
+    for (int64_t i = least(group, whole); i > 0; i -= kPanel)
+      finish(of_a(load_levels<Bits>(a)), of_b(load_levels<Bits>(b)));
+    if (whole < length)
+      finish(of_a(load_levels<Bits>(a, length - whole)), of_b(load_levels<Bits>(b, length - whole)));
   }
+}
+
+// In place of what their line, every second element of `out`, has there.
+INLINE void put_outliers(const CodedLines& in, const CodedHead& head, int64_t line, uint16_t* out,
+                         int64_t panel_stride) {
+  for (int64_t k = line * in.kept; k < (line + 1) * in.kept; ++k) {
+    const uint32_t place = head.places[k];
+    if (place < in.length)
+      out[place / kPanel * panel_stride + place % kPanel * 2] = head.outliers[k];
+  }
+}
+
+template <int Bits>
+INLINE auto pair_decoder(int64_t rank) {
+  return rank == 0 ? decode_pair<Bits, 0> : rank == 2 ? decode_pair<Bits, 2> : decode_pair<Bits, -1>;
 }
 
 // The lines of a head as panels for products over `padded` lines, even, of which those that are not
@@ -152,19 +181,16 @@ static void decode_lines(const CodedLines& in, const CodedHead& head, int64_t pa
                          uint16_t* out) {
   const int64_t panels = round_up(in.length, kPanel) / kPanel, stride = padded * kPanel;
   const int64_t group = in.length / in.groups;
-  const auto decode = in.bits == 1   ? decode_pair<1>
-                      : in.bits == 2 ? decode_pair<2>
-                      : in.bits == 4 ? decode_pair<4>
-                                     : decode_pair<8>;
+  const auto decode = in.bits == 1   ? pair_decoder<1>(in.rank)
+                      : in.bits == 2 ? pair_decoder<2>(in.rank)
+                      : in.bits == 4 ? pair_decoder<4>(in.rank)
+                                     : pair_decoder<8>(in.rank);
   for (int64_t line = 0; line < in.lines; line += 2) {
     uint16_t* to = out + line * kPanel;
     const int64_t other = least(line + 1, in.lines - 1);
     decode(in, head, group, line, other, to, stride);
-    for (int64_t k = line * in.kept; k < (other + 1) * in.kept; ++k) {
-      const uint32_t place = head.places[k], odd = k >= (line + 1) * in.kept;
-      if (place < in.length)
-        to[place / kPanel * stride + place % kPanel * 2 + odd] = to_bf16(head.outliers[k]);
-    }
+    put_outliers(in, head, line, to, stride);
+    if (other != line) put_outliers(in, head, other, to + 1, stride);
     if (other == line)
       for (int64_t i = 0; i < panels * kPanel; ++i) to[i / kPanel * stride + i % kPanel * 2 + 1] = 0;
   }
