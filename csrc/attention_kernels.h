@@ -60,14 +60,14 @@ struct AttentionTask {
 
 constexpr int64_t kMaxCodedRank = 64;
 
-// Where a part of a coded unit is: page of the unit's, or -1 if there is no such part, and bytes from
-// its beginning.
+// Where a part of a coded unit is: page of the unit's, or -1 if there is no such part, and bytes
+// from its beginning.
 struct CodedPart {
   int64_t page, offset;
 };
 
-// Keys or values of a coded unit, of each head as lines of evenly spaced levels; see CodedLines in
-// contracts/kv_codec.py.
+// Keys or values of a coded unit, of each head as lines of evenly spaced levels; see
+// KVCodec.level_bits.
 struct CodedLines {
   int64_t bits;                        // of a level: 1, 2, 4 or 8
   int64_t lines, length;               // [heads, lines, length]

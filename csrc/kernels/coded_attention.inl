@@ -1,5 +1,5 @@
-// Attention to coded units: a unit is decoded to panels for matrix products, which stay in the cache,
-// and attended to at once. Entries with the same place in two lines that follow each other are a
+// Attention to coded units: a unit is decoded to panels for matrix products, which stay in the
+// cache, and attended to at once. Entries with the same place in two lines that follow each other are a
 // pair of those products, of keys as of values, so that nothing has to be transposed.
 
 #include "coded_vectors.inl"
@@ -155,8 +155,8 @@ static void decode_pair(const CodedLines& in, const CodedHead& head, int64_t gro
     const LevelScale<Bits> of_a(a_steps), of_b(b_steps);
     for (int64_t i = least(group, whole); i > 0; i -= kPanel)
       finish(of_a(load_levels<Bits>(a)), of_b(load_levels<Bits>(b)));
-    if (whole < length)
-      finish(of_a(load_levels<Bits>(a, length - whole)), of_b(load_levels<Bits>(b, length - whole)));
+    if (const int64_t rest = length - whole; rest > 0)
+      finish(of_a(load_levels<Bits>(a, rest)), of_b(load_levels<Bits>(b, rest)));
   }
 }
 
@@ -172,7 +172,8 @@ INLINE void put_outliers(const CodedLines& in, const CodedHead& head, int64_t li
 
 template <int Bits>
 INLINE auto pair_decoder(int64_t rank) {
-  return rank == 0 ? decode_pair<Bits, 0> : rank == 2 ? decode_pair<Bits, 2> : decode_pair<Bits, -1>;
+  if (rank == 0) return decode_pair<Bits, 0>;
+  return rank == 2 ? decode_pair<Bits, 2> : decode_pair<Bits, -1>;
 }
 
 // The lines of a head as panels for products over `padded` lines, even, of which those that are not
