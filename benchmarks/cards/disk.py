@@ -18,7 +18,7 @@ def offloading(setup: Setup) -> Rows:
     rounds = min(3, setup.rounds)
     result = offload.measure(rounds, setup.quick)
     on, off = result.details["with"], result.details["without"]
-    bandwidth, sample = result.details["bandwidth"], f"{rounds} rounds"
+    sample = f"{rounds} rounds"
     shape = setup.of("narrow 1B shape", "tiny shape")
     about: dict[str, Any] = {
         "model": f"{shape}, random weights, bf16, three times the memory",
@@ -38,9 +38,9 @@ def offloading(setup: Setup) -> Rows:
             ),
             Measurement(
                 f"{what}: bytes read, of the disk's bandwidth",
-                own["read_per_second"] / bandwidth,
+                own["of_disk"],
                 sample,
-                beside={"without overlap": other["read_per_second"] / bandwidth},
+                beside={"without overlap": other["of_disk"]},
                 **about,
             ),
             Measurement(

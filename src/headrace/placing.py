@@ -123,8 +123,9 @@ class Placing:
         )
         model = architecture(checkpoint.config, counter, self.ops)
         sizes = tuple(counter.layer_bytes.get(layer, 0) for layer in range(len(model.layers)))
-        # The widest activations in and behind a product, and logits with their probabilities.
-        activations = 2 * chunk * counter.largest * self.ops.dtype.itemsize
+        # The widest activations before a product, as its kernel wants them and behind it; and
+        # logits with their probabilities.
+        activations = 3 * chunk * counter.largest * self.ops.dtype.itemsize
         logits = 2 * config.max_num_seqs * shape.vocab_size * torch.float32.itemsize
         states = layout.state_bytes * config.max_num_seqs
         return PlacementFacts(

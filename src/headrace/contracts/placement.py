@@ -66,6 +66,10 @@ class Placement:
         yield block
 
 
+LEFTOVERS = 16
+"""One in so many bytes is taken beside what was asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlacementFacts:
     """What there is to place, and how fast it can be read.
@@ -105,8 +109,9 @@ class PlacementFacts:
         return resident * self.num_pages + placement.slots * staged * largest
 
     def memory(self, placement: Placement) -> int:
-        """Bytes in memory."""
-        return self.fixed_bytes + self.weight_bytes(placement) + self.cache_bytes(placement)
+        """Bytes in memory, what allocators round up and leave between pieces included."""
+        known = self.fixed_bytes + self.weight_bytes(placement) + self.cache_bytes(placement)
+        return known + known // LEFTOVERS
 
 
 class PlacementMethod(Method):
