@@ -62,7 +62,9 @@ def timed(llm: LLM, tier: WeightTier, prompts: list[list[int]], tokens: int) -> 
 
 
 def run(directory: Path, cap: int, overlap: bool, step_tokens: int, rounds: int) -> dict[str, Any]:
-    """Figures of an engine in this process: ``decode`` and ``prompts``, and bytes at the peak."""
+    """Figures of an engine in this process: ``decode`` and ``prompts``, and bytes at the peak
+    beyond those that the interpreter and its libraries had taken before.
+    """
     before = memory_of("VmHWM")
     method = f"flexgen:memory={cap},directory={CACHE},overlap={str(overlap).lower()}"
     options: dict[str, Any] = {

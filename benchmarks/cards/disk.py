@@ -53,7 +53,10 @@ def offloading(setup: Setup) -> Rows:
         ]
     rows.append(
         Measurement(
-            "memory at the peak, of the cap", on["peak"] / result.details["cap"], sample, **about
+            "memory at the peak beyond the interpreter and its libraries, of the cap",
+            on["peak"] / result.details["cap"],
+            sample,
+            **about,
         )
     )
     return {NAME: rows}
